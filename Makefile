@@ -1,0 +1,58 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+
+.PHONY: demo demo-llm test test-all check format bench bench-gpu clean
+
+demo: $(VENV)/.installed
+	$(BIN)/copd train configs/demo.yaml
+
+demo-llm: $(VENV)/.installed-llm
+	$(BIN)/copd train configs/smollm2.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m ""
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror kernels/csrc/*
+	$(BIN)/python -m pytest --quiet tests/test_layering.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/csrc/*
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/bench_step.py
+
+bench-gpu: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/bench_step.py --device cuda
+
+clean:
+	rm -rf $(VENV)/.installed* build *.egg-info kernels/copd_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# torch comes first: the build of the CPU kernels reads its headers.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt setuptools wheel cmake ninja torch==2.13.0
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-llm: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[llm]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,llm,tensorboard]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-llm

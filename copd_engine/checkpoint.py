@@ -1,0 +1,151 @@
+"""Checkpoints: safetensors and one JSON manifest with hashes, written aside and renamed. Nothing is unpickled.
+
+``checkpoints/step-000020/`` holds ``model-BRANCH.safetensors``, ``optim-BRANCH.safetensors`` (AdamW's moments) and
+``manifest.json`` (step, versions, data cursors, SHA-256 of each file). A folder without a manifest whose hashes hold is
+never resumed from, so a kill at any moment leaves the last complete one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from copd_engine.branch import Branch
+from copd_engine.types import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def save_checkpoint(folder: Path, step: int, branches: Mapping[str, Branch], state: dict[str, Any], keep: int) -> Path:
+    """Write ``folder/step-NNNNNN`` and drop all but the newest ``keep``. ``state``: further JSON for the manifest."""
+    target = folder / f"step-{step:06d}"
+    aside = folder / f".writing-{step:06d}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "branches": {}, "files": {}, "state": state}
+    for name, branch in branches.items():
+        tensors = {key: value.detach().contiguous() for key, value in branch.parameters.items()}
+        save_file(tensors, aside / f"model-{name}.safetensors")
+        save_file(_moments(branch), aside / f"optim-{name}.safetensors")
+        manifest["branches"][name] = {
+            "version": branch.version,
+            "num_skipped": branch.num_skipped,
+            "num_skipped_in_a_row": branch.num_skipped_in_a_row,
+        }
+    for file in sorted(aside.iterdir()):
+        manifest["files"][file.name] = _sha256(file)
+        _sync(file)
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(aside / MANIFEST)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(aside, target)
+    _sync(folder)
+    for old in complete_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders that have a manifest, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def load_checkpoint(path: Path, branches: Mapping[str, Branch]) -> tuple[int, dict[str, Any]]:
+    """Restore branches in place; returns (step, state).
+
+    Raises UserError for a missing or damaged checkpoint, or one of other branches or another model.
+    """
+    manifest = read_manifest(path)
+    if set(manifest["branches"]) != set(branches):
+        raise UserError(f"checkpoint {path} has branches {sorted(manifest['branches'])}, the run {sorted(branches)}")
+    for name, branch in branches.items():
+        _restore_parameters(branch, load_file(path / f"model-{name}.safetensors"), path)
+        _restore_moments(branch, load_file(path / f"optim-{name}.safetensors"))
+        saved = manifest["branches"][name]
+        branch.version = saved["version"]
+        branch.num_skipped = saved["num_skipped"]
+        branch.num_skipped_in_a_row = saved["num_skipped_in_a_row"]
+    return manifest["step"], manifest["state"]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, after every file's hash was compared."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise UserError(f"checkpoint {path} does not exist or has no {MANIFEST}")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"checkpoint {path}: {MANIFEST} is not JSON ({error})") from None
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path} has format {manifest.get('format')}, this version reads {FORMAT}")
+    for name, digest in manifest["files"].items():
+        if not (path / name).is_file():
+            raise UserError(f"checkpoint {path}: {name} is missing")
+        if _sha256(path / name) != digest:
+            raise UserError(f"checkpoint {path}: {name} is damaged (its SHA-256 differs from the manifest)")
+    return manifest
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose hashes hold; damaged ones are passed over."""
+    for path in reversed(complete_checkpoints(folder)):
+        try:
+            read_manifest(path)
+        except UserError:
+            continue
+        return path
+    return None
+
+
+def _moments(branch: Branch) -> dict[str, torch.Tensor]:
+    """AdamW's state as flat tensors ``NAME/exp_avg``, ``NAME/exp_avg_sq``, ``NAME/step``."""
+    return {
+        f"{name}/{key}": value.contiguous()
+        for name, parameter in branch.parameters.items()
+        for key, value in branch.optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _restore_parameters(branch: Branch, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    different = set(tensors) ^ set(branch.parameters)
+    if different:
+        raise UserError(f"checkpoint {path} is of another model: {sorted(different)[0]} is only in one of the two")
+    with torch.no_grad():
+        for name, parameter in branch.parameters.items():
+            if tensors[name].shape != parameter.shape:
+                raise UserError(
+                    f"checkpoint {path}: {name} has shape {tuple(tensors[name].shape)}, "
+                    f"the model {tuple(parameter.shape)}"
+                )
+            parameter.copy_(tensors[name])
+
+
+def _restore_moments(branch: Branch, tensors: dict[str, torch.Tensor]) -> None:
+    branch.optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        branch.optimizer.state[branch.parameters[name]][field] = value
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,169 @@
+"""The command line: ``copd train | eval | merge | report | testbed build``.
+
+A mistake in the input ends in one line on standard error and exit code 2; nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from copd_engine import run_folder
+from copd_engine.config import ModelConfig, RunConfig, load_config
+from copd_engine.types import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+testbed_app = typer.Typer(no_args_is_help=True, help="The testbed: tiny tasks and a tiny Qwen3-VL.")
+app.add_typer(testbed_app, name="testbed")
+
+ROW_ORDER = ("base", "expert", "baseline", "branch", "merged")
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file, e.g. configs/demo.yaml")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. schedule.cycles=2")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete the run folder first.")] = False,
+) -> None:
+    """Train, evaluate and merge; writes a run folder with a report. A run that was stopped goes on where it was."""
+    if resume is not None:
+        if config is not None or overwrite:
+            raise UserError("--resume RUN takes the config from the run folder: leave out CONFIG and --overwrite")
+        if not (resume / run_folder.CONFIG).is_file():
+            raise UserError(f"{resume} is not a run folder (no {run_folder.CONFIG})")
+        settings, run_dir = load_config(resume / run_folder.CONFIG), resume
+    else:
+        if config is None:
+            raise UserError("copd train needs CONFIG, e.g. configs/demo.yaml, or --resume RUN")
+        settings = load_config(config, overrides)
+        run_dir = run_folder.run_dir_of(settings)
+        if overwrite and (run_dir / run_folder.CONFIG).is_file():
+            shutil.rmtree(run_dir)
+    result = run_with_baselines(settings, run_dir)
+    _print_result(run_dir, result)
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, e.g. runs/demo/models/merged, or 'testbed'")],
+    config: Annotated[Path, typer.Option(help="The run config whose held-out prompts are used.")],
+    num_prompts: Annotated[int | None, typer.Option(help="Held-out prompts per branch.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+) -> None:
+    """Accuracy of a model on the held-out prompts of a config's branches."""
+    settings = load_config(config, overrides)
+    from copd_engine.report import result_table
+    from copd_engine.trainer import evaluate_policy, result_row
+
+    count = num_prompts or settings.eval.final_num_prompts
+    settings = settings.model_copy(update={"model": ModelConfig(path=model, dtype=settings.model.dtype)})
+    accuracies = evaluate_policy(settings, count)
+    row = result_row(model, "merged", accuracies, 0)
+    typer.echo(result_table({"domains": list(accuracies), "rows": [row]}))
+
+
+@app.command("merge")
+def merge_models(
+    base: Annotated[str, typer.Argument(help="Base model: Hugging Face folder, 'testbed' or 'smollm2'")],
+    branches: Annotated[list[str], typer.Argument(help="Branch models, optionally FOLDER=WEIGHT")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged model; must not exist.")],
+) -> None:
+    """theta_0 + the (weighted) mean of the branches' changes, saved in Hugging Face format."""
+    from copd_engine.merge import merge
+    from copd_engine.models.loading import load_model
+    from copd_engine.trainer import load_parameters, save_model
+
+    if out.exists():
+        raise UserError(f"--out {out} exists already; name a new folder")
+    weights: dict[str, float] = {}
+    for item in branches:
+        path, equals, weight = item.partition("=")
+        try:
+            weights[path] = float(weight) if equals else 1.0
+        except ValueError:
+            raise UserError(f"branch {item!r}: the weight after '=' must be a number") from None
+    policy, encoder = load_model(ModelConfig(path=base))
+    tensors = {path: dict(load_model(ModelConfig(path=path))[0].named_parameters()) for path in weights}
+    load_parameters(policy, merge(policy.named_parameters(), tensors, weights))
+    save_model(policy, encoder, out)
+    typer.echo(f"merged {len(tensors)} branches into {out}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder, e.g. runs/demo")]) -> None:
+    """(Re)write RUN/report.html and its figures."""
+    from copd_engine.report import write_report
+
+    typer.echo(f"report: {write_report(run)}")
+
+
+@testbed_app.command("build")
+def build_testbed(
+    out: Annotated[Path, typer.Argument(help="Folder for the base checkpoint; must not exist.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+) -> None:
+    """Make the testbed's base checkpoint from its seed."""
+    import torch
+
+    from copd_engine.testbed.build import BuildSettings, build
+
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new folder")
+    torch.set_num_threads(1)  # the numbers must not depend on how many cores the machine has
+    accuracy = build(BuildSettings(seed=seed), out)
+    typer.echo(f"{out}: " + ", ".join(f"{domain} {value:.2f}" for domain, value in accuracy.items()))
+
+
+def run_with_baselines(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """Train the config's baselines, then its method; returns the result with the rows of all."""
+    from copd_engine.report import write_report
+    from copd_engine.trainer import Trainer
+
+    run_folder.claim(run_dir, config)
+    finished = run_dir / run_folder.RESULT
+    if finished.is_file():
+        done: dict[str, Any] = json.loads(finished.read_text())
+        return done
+    rows: list[dict[str, Any]] = []
+    for method in config.baselines:
+        settings = config.model_copy(update={"method": method, "baselines": ()})
+        baseline_dir = run_dir / "baselines" / method
+        if (baseline_dir / run_folder.RESULT).is_file():
+            result = json.loads((baseline_dir / run_folder.RESULT).read_text())
+        else:
+            result = Trainer(settings, baseline_dir, _command()).run()
+        rows += [row for row in result["rows"] if row["kind"] != "base"]
+    result = Trainer(config, run_dir, _command()).run()
+    result["rows"] = sorted(result["rows"] + rows, key=lambda row: ROW_ORDER.index(row["kind"]))
+    run_folder.write_json(finished, result)
+    write_report(run_dir)
+    return result
+
+
+def _print_result(run_dir: Path, result: dict[str, Any]) -> None:
+    from copd_engine.report import result_table
+
+    typer.echo()
+    typer.echo(result_table(result))
+    typer.echo(f"merged model: {run_dir / 'models'}")
+    typer.echo(f"report: {run_dir / 'report.html'}")
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: runs a command; a :class:`UserError` becomes one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"copd: {error}", err=True)
+        sys.exit(2)

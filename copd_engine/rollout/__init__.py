@@ -1,0 +1,1 @@
+"""Rollout engines: who samples responses from an expert's current weights."""

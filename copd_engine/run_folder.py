@@ -1,0 +1,138 @@
+"""The run folder on disk: who may write into it, its config, samples with their media, and the result.
+
+What stands in it is described in ``metrics.py``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from copd_engine.config import RunConfig, load_config
+from copd_engine.types import Example, Rollout, UserError
+
+CONFIG, SAMPLES, RESULT, CHECKPOINTS = "config.yaml", "samples.jsonl", "result.json", "checkpoints"
+PACKAGES = ("copd-engine", "torch", "transformers", "numpy")
+
+
+def run_dir_of(config: RunConfig) -> Path:
+    return config.output_dir / config.name
+
+
+def claim(run_dir: Path, config: RunConfig) -> None:
+    """Make ``run_dir`` the folder of this config. UserError when it holds another run; nothing is overwritten."""
+    file = run_dir / CONFIG
+    if file.is_file():
+        if comparable(load_config(file)) != comparable(config):
+            raise UserError(
+                f"{run_dir} holds a run with another config ({_first_difference(load_config(file), config)}): "
+                "choose another name=... or output_dir=..., or remove the folder"
+            )
+        return
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(
+            f"{run_dir} exists and is not a run folder (no {CONFIG}): choose another name=... or output_dir=..."
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    aside = run_dir / f".{CONFIG}"
+    aside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    os.replace(aside, file)
+
+
+def comparable(config: RunConfig) -> dict[str, Any]:
+    """The config without what may differ between a run and its continuation."""
+    return config.model_dump(mode="json", exclude={"output_dir", "name", "tensorboard"})
+
+
+def _first_difference(old: RunConfig, new: RunConfig) -> str:
+    def walk(a: Any, b: Any, path: str) -> str | None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            pairs = [(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b])]
+        elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            pairs = [(str(i), x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+        else:
+            return None if a == b else f"{path} was {a!r}, is {b!r}"
+        return next((d for key, x, y in pairs if (d := walk(x, y, f"{path}.{key}" if path else key))), None)
+
+    return walk(comparable(old), comparable(new), "") or "no difference"
+
+
+def save_sample(run_dir: Path, step: int, branch: str, domain: str, rollout: Rollout, reward: float) -> None:
+    """Append one response to ``samples.jsonl``; images and videos (as filmstrips) go to ``media/``."""
+    example = rollout.request.prompt.example
+    row = {
+        "step": step,
+        "branch": branch,
+        "domain": domain,
+        "prompt": example.prompt,
+        "response": rollout.text,
+        "answer": example.answer,
+        "reward": reward,
+        "media": _save_media(run_dir, example),
+    }
+    with (run_dir / SAMPLES).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def drop_later_samples(run_dir: Path, step: int) -> None:
+    """Forget samples of steps after ``step``, which a resumed run draws again."""
+    file = run_dir / SAMPLES
+    if not file.exists():
+        return
+    lines = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+    aside = run_dir / f".{SAMPLES}"
+    aside.write_text("".join(f"{line}\n" for line in lines))
+    os.replace(aside, file)
+
+
+def _save_media(run_dir: Path, example: Example) -> list[str]:
+    pictures = [*example.images, *(Image.fromarray(np.concatenate(list(v[::2]), axis=1)) for v in example.videos)]
+    names = []
+    for index, picture in enumerate(pictures):
+        name = f"media/{hashlib.sha256(f'{example.uid}/{index}'.encode()).hexdigest()[:16]}.png"
+        names.append(name)
+        if not (run_dir / name).exists():
+            (run_dir / "media").mkdir(exist_ok=True)
+            picture.save(run_dir / name)
+    return names
+
+
+def write_json(file: Path, data: dict[str, Any]) -> None:
+    """Written aside and renamed."""
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(aside, file)
+
+
+def machine() -> str:
+    """Processor and number of usable cores."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

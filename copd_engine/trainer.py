@@ -1,0 +1,510 @@
+"""The training loop: executes a schedule's steps, whatever method made them.
+
+One step (``design.md``): plan, prompts, rollouts, rewards, teacher scores, updates, sync, diagnostics, checkpoint.
+All rollouts and teacher scores of a step are taken before any branch is updated: teachers stand as they are at the
+start of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from copd_engine import checkpoint, run_folder
+from copd_engine.algorithms import MIXED, Assignment, Schedule, StepPlan
+from copd_engine.branch import Branch
+from copd_engine.config import RunConfig
+from copd_engine.data import DataStream, load_examples
+from copd_engine.diagnostics import compare_branches
+from copd_engine.evaluate import Accuracy, average, evaluate, verify
+from copd_engine.merge import merge
+from copd_engine.metrics import MetricsLog, peak_rss_bytes, system_stats
+from copd_engine.models.base import Policy
+from copd_engine.models.loading import load_model
+from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+from copd_engine.rollout.base import Sampling
+from copd_engine.rollout.embedded import EmbeddedEngine
+from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest, UserError
+
+MAX_SKIPPED_IN_A_ROW = 10
+SAMPLES_PER_DOMAIN = 3
+
+
+class Trainer:
+    """One run of one method. Builds everything from the config; :meth:`run` trains to the end or from a checkpoint."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, command: str = "") -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self._command = command
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        self.schedule = Schedule(config)
+        self._examples = {
+            branch.name: load_examples(branch.data, "train", f"branches.{index}.data")
+            for index, branch in enumerate(config.branches)
+        }
+        held_out = {
+            branch.name: load_examples(branch.data, "eval", f"branches.{index}.data")
+            for index, branch in enumerate(config.branches)
+        }
+        self.base, self.encoder = load_model(config.model)
+        self.base.module.to(_device(config.device))
+        betas = {branch.name: branch.beta for branch in config.branches}
+        self.branches = {
+            name: Branch(
+                name,
+                self.base.clone(),
+                self.encoder,
+                config.optim,
+                config.objective,
+                config.rollout.temperature,
+                betas.get(name, 1.0),
+            )
+            for name in self.schedule.students
+        }
+        self.engine = EmbeddedEngine({name: branch.policy for name, branch in self.branches.items()}, self.encoder)
+        self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
+        self._streams = {
+            (student, source): DataStream(self._examples[source], _seed(config.seed, "stream", student, source))
+            for student in self.schedule.students
+            for source in config.branch_names
+        }
+        count = config.eval.final_num_prompts
+        self._held_out = {name: [self._encode(e) for e in rows[:count]] for name, rows in held_out.items()}
+        self._probes = self._probe_requests()
+        self._rollouts_drawn: dict[str, int] = defaultdict(int)
+        self._elapsed_before = 0.0
+        self._started = time.perf_counter()
+
+    # The run
+
+    def run(self) -> dict[str, Any]:
+        """Train from the newest checkpoint, or from the start; returns what ``result.json`` holds."""
+        run_folder.claim(self.run_dir, self.config)
+        done, first = self._resume(), 1
+        with MetricsLog(self.run_dir, tensorboard=self.config.tensorboard, resume_step=done) as log:
+            if done is None:
+                log.write(self._base_record())
+            else:
+                first = done + 1
+            self._started = time.perf_counter()
+            bar = tqdm(
+                range(first, self.schedule.num_steps + 1),
+                desc=self.config.method,
+                initial=first - 1,
+                total=self.schedule.num_steps,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=1.0,
+            )
+            for step in bar:
+                plan = self.schedule.plan(step)
+                record = self.step(plan)
+                log.write(record)
+                bar.set_postfix_str(_progress(record))
+                if record["evaluate"]:
+                    tqdm.write(_accuracy_line(self.config.method, record))
+                self._stop_if_diverged()
+        return self._finish()
+
+    def step(self, plan: StepPlan) -> dict[str, Any]:
+        """One optimizer step of every branch; returns its metrics record."""
+        begin = time.perf_counter()
+        timer = _Timer()
+        per_branch: dict[str, dict[str, Any]] = {}
+        drawn: dict[str, list[tuple[Assignment, list[Rollout]]]] = {}
+        for student in self.branches:
+            with timer("rollout"):
+                drawn[student] = self._roll_out(plan, student)
+            with timer("verify"):
+                drawn[student] = [(a, [_rewarded(r) for r in rollouts]) for a, rollouts in drawn[student]]
+        samples: dict[str, list[TrainSample]] = {}
+        for student, batches in drawn.items():
+            per_branch[student] = {"rollout": {}}
+            samples[student] = []
+            for assignment, rollouts in batches:
+                if assignment.teacher is None:
+                    kept, stats = self._native_samples(assignment, rollouts)
+                    per_branch[student]["rollout"][assignment.source] = stats
+                else:
+                    with timer("teacher"):
+                        kept = self._cross_samples(assignment, rollouts)
+                    per_branch[student]["rollout"][assignment.source] = _rollout_stats(rollouts)
+                samples[student] += kept
+        for student, branch in self.branches.items():
+            with timer("update"):
+                per_branch[student] |= branch.update(samples[student])
+        with timer("sync"):
+            for student, branch in self.branches.items():
+                self.engine.sync(student, branch.parameters, branch.version)
+        record: dict[str, Any] = {
+            "step": plan.step,
+            "cycle": plan.cycle,
+            "phase": plan.phase,
+            "branches": per_branch,
+            "diagnostics": None,
+            "evaluate": None,
+        }
+        if _due(plan.step, self.config.diagnostics.every) or self._ends_phase(plan):
+            with timer("diagnostics"):
+                record["diagnostics"] = self._diagnose()
+        if _due(plan.step, self.config.eval.every):
+            with timer("evaluate"):
+                record["evaluate"] = self._evaluate_branches(plan.step)
+        if _due(plan.step, self.config.checkpoint.every) or plan.step == self.schedule.num_steps:
+            with timer("checkpoint"):
+                self._save(plan.step)
+        record["time_s"] = timer.seconds
+        record["step_s"] = time.perf_counter() - begin
+        record["elapsed_s"] = self._elapsed()
+        record["system"] = system_stats()
+        return record
+
+    # Parts of a step
+
+    def _roll_out(self, plan: StepPlan, student: str) -> list[tuple[Assignment, list[Rollout]]]:
+        """All of a student's assignments in one call of the engine."""
+        assignments = plan.of(student)
+        requests: list[RolloutRequest] = []
+        counts = []
+        group = 0
+        for assignment in assignments:
+            examples = self._streams[student, assignment.source].take(assignment.num_prompts)
+            for example in examples:
+                prompt = self._encode(example)
+                for member in range(self.config.rollout.group_size):
+                    seed = _seed(self.config.seed, "rollout", plan.step, student, group, member)
+                    requests.append(RolloutRequest(prompt, seed, group))
+                group += 1
+            counts.append(len(examples) * self.config.rollout.group_size)
+        rollouts = self.engine.generate(student, requests, self.sampling)
+        self._rollouts_drawn[student] += len(rollouts)
+        for rollout in rollouts:
+            if rollout.weight_version != self.branches[student].version:
+                raise RuntimeError(
+                    f"the engine sampled with version {rollout.weight_version} of {student!r}, "
+                    f"the trainer is at {self.branches[student].version}"
+                )
+        split: list[tuple[Assignment, list[Rollout]]] = []
+        for assignment, count in zip(assignments, counts, strict=True):
+            split.append((assignment, rollouts[:count]))
+            rollouts = rollouts[count:]
+        return split
+
+    def _native_samples(
+        self, assignment: Assignment, rollouts: Sequence[Rollout]
+    ) -> tuple[list[TrainSample], dict[str, float]]:
+        """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded."""
+        objective = self.config.objective
+        advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
+        samples = [
+            TrainSample(
+                rollout=rollout,
+                term=assignment.term,
+                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
+                advantage=advantage,
+            )
+            for rollout, advantage in zip(rollouts, advantages, strict=True)
+            if advantage != 0.0 and self._trains_on(rollout)
+        ]
+        stats = _rollout_stats(rollouts) | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
+        return samples, stats
+
+    def _cross_samples(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> list[TrainSample]:
+        """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
+        assert assignment.teacher is not None
+        kept = [rollout for rollout in rollouts if self._trains_on(rollout)]
+        return [
+            TrainSample(
+                rollout=rollout,
+                term=assignment.term,
+                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
+                teacher_logp_N=teacher_logp_N,
+                beta=self.branches[assignment.student].beta,
+            )
+            for rollout, teacher_logp_N in zip(kept, self.branches[assignment.teacher].score(kept), strict=True)
+        ]
+
+    def _trains_on(self, rollout: Rollout) -> bool:
+        return not (self.config.objective.mask_truncated and rollout.finish_reason == "length")
+
+    def _encode(self, example: Any) -> EncodedPrompt:
+        prompt = self.encoder.encode(example)
+        limit = self.config.rollout.max_prompt_tokens
+        if prompt.num_tokens > limit:
+            raise UserError(
+                f"prompt {example.uid!r} has {prompt.num_tokens} tokens, rollout.max_prompt_tokens is {limit}"
+            )
+        return prompt
+
+    # Measuring
+
+    def _probe_requests(self) -> list[RolloutRequest]:
+        prompts = [p for rows in self._held_out.values() for p in rows[: self.config.diagnostics.num_prompts]]
+        return [RolloutRequest(p, _seed(self.config.seed, "probe", i), i) for i, p in enumerate(prompts)]
+
+    def _diagnose(self) -> dict[str, Any]:
+        return {
+            "pairs": compare_branches(
+                self.branches, self.engine, self._probes, self.sampling, self.config.diagnostics.top_k
+            )
+        }
+
+    def _ends_phase(self, plan: StepPlan) -> bool:
+        """The last step of a phase is always diagnosed, so that each phase's whole change is seen."""
+        if plan.step == self.schedule.num_steps:
+            return True
+        following = self.schedule.plan(plan.step + 1)
+        return (following.cycle, following.phase) != (plan.cycle, plan.phase) and self.config.method == "copd"
+
+    def _base_record(self) -> dict[str, Any]:
+        """Step 0: all branches still equal the base."""
+        first = next(iter(self.branches))
+        accuracy = self._evaluate_one(self.engine, first, self.config.eval.num_prompts)[0]
+        return {
+            "step": 0,
+            "cycle": 0,
+            "phase": "base",
+            "elapsed_s": self._elapsed(),
+            "branches": {},
+            "diagnostics": self._diagnose(),
+            "evaluate": {name: accuracy_row(accuracy) for name in self.branches},
+            "system": system_stats(),
+        }
+
+    def _evaluate_branches(self, step: int) -> dict[str, dict[str, float]]:
+        rows = {}
+        for name in self.branches:
+            accuracies, samples = self._evaluate_one(self.engine, name, self.config.eval.num_prompts)
+            rows[name] = accuracy_row(accuracies)
+            self._keep_samples(step, name, samples)
+        return rows
+
+    def _evaluate_one(
+        self, engine: EmbeddedEngine, expert: str, num_prompts: int
+    ) -> tuple[dict[str, Accuracy], list[tuple[str, Rollout, float]]]:
+        prompts = {name: rows[:num_prompts] for name, rows in self._held_out.items()}
+        return evaluate(engine, expert, prompts, self.sampling, _seed(self.config.seed, "eval"))
+
+    def _keep_samples(self, step: int, model: str, samples: Sequence[tuple[str, Rollout, float]]) -> None:
+        kept: dict[str, int] = defaultdict(int)
+        for domain, rollout, reward in samples:
+            if kept[domain] < SAMPLES_PER_DOMAIN:
+                kept[domain] += 1
+                run_folder.save_sample(self.run_dir, step, model, domain, rollout, reward)
+
+    # Checkpoint, resume, end
+
+    def _save(self, step: int) -> None:
+        state = {
+            "streams": {"/".join(key): stream.state_dict() for key, stream in self._streams.items()},
+            "rollouts_drawn": dict(self._rollouts_drawn),
+            "elapsed_s": self._elapsed(),
+        }
+        folder = self.run_dir / run_folder.CHECKPOINTS
+        checkpoint.save_checkpoint(folder, step, self.branches, state, self.config.checkpoint.keep)
+
+    def _resume(self) -> int | None:
+        """Restore the newest whole checkpoint and return its step; None for a run that starts anew."""
+        if not (self.run_dir / "metrics.jsonl").exists():
+            return None
+        newest = checkpoint.newest_checkpoint(self.run_dir / run_folder.CHECKPOINTS)
+        if newest is None:
+            # Nothing to restore, but the base line of the log may be torn: start over, in the same folder.
+            (self.run_dir / "metrics.jsonl").unlink()
+            (self.run_dir / run_folder.SAMPLES).unlink(missing_ok=True)
+            return None
+        step, state = checkpoint.load_checkpoint(newest, self.branches)
+        for key, stream in self._streams.items():
+            stream.load_state_dict(state["streams"]["/".join(key)])
+        self._rollouts_drawn.update(state["rollouts_drawn"])
+        self._elapsed_before = state["elapsed_s"]
+        for name, branch in self.branches.items():
+            self.engine.sync(name, branch.parameters, branch.version)
+        run_folder.drop_later_samples(self.run_dir, step)
+        return step
+
+    def _stop_if_diverged(self) -> None:
+        for name, branch in self.branches.items():
+            if branch.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                newest = checkpoint.newest_checkpoint(self.run_dir / run_folder.CHECKPOINTS)
+                raise UserError(
+                    f"branch {name!r}: {MAX_SKIPPED_IN_A_ROW} updates in a row had a NaN or infinite loss or gradient; "
+                    f"stopped. Last checkpoint: {newest or 'none'}"
+                )
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate, merge, save in Hugging Face format, write ``result.json``."""
+        train_s = self._elapsed()
+        models: list[tuple[str, str, Policy, int]] = [("base", "base", self.base, 0)]
+        expert = self.config.method == "expert"
+        for name, branch in self.branches.items():
+            label = f"expert:{name}" if expert else "mixed RLVR" if name == MIXED else f"branch:{name}"
+            kind = "expert" if expert else "baseline" if name == MIXED else "branch"
+            models.append((label, kind, branch.policy, self._rollouts_drawn[name]))
+        if len(self.branches) > 1:
+            merged = self.base.clone()
+            load_parameters(merged, self.merged_parameters())
+            label = "average of experts" if expert else "merged"
+            models.append((label, "baseline" if expert else "merged", merged, sum(self._rollouts_drawn.values())))
+        rows = []
+        for label, kind, policy, rollouts in models:
+            engine = EmbeddedEngine({label: policy}, self.encoder)
+            accuracies, samples = self._evaluate_one(engine, label, self.config.eval.final_num_prompts)
+            rows.append(result_row(label, kind, accuracies, rollouts))
+            if kind in ("merged", "baseline"):
+                self._keep_samples(self.schedule.num_steps, label, samples)
+            if kind != "base":
+                save_model(policy, self.encoder, self.run_dir / "models" / label.replace(":", "-").replace(" ", "-"))
+        result = {
+            "domains": list(self._held_out),
+            "rows": rows,
+            "command": self._command,
+            "machine": run_folder.machine(),
+            "date": run_folder.today(),
+            "versions": run_folder.versions(),
+            "train_s": train_s,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "seed": self.config.seed,
+            "method": self.config.method,
+            "num_steps": self.schedule.num_steps,
+        }
+        run_folder.write_json(self.run_dir / run_folder.RESULT, result)
+        return result
+
+    def merged_parameters(self) -> dict[str, torch.Tensor]:
+        branches = {
+            name: {key: value.detach() for key, value in branch.parameters.items()}
+            for name, branch in self.branches.items()
+        }
+        base = {key: value.detach() for key, value in self.base.named_parameters().items()}
+        return merge(base, branches, self.config.merge.weights)
+
+    def _elapsed(self) -> float:
+        return self._elapsed_before + time.perf_counter() - self._started
+
+
+class _Timer:
+    """Seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
+
+
+def load_parameters(policy: Policy, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy named tensors into a policy of the same shape."""
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters().items():
+            parameter.copy_(tensors[name])
+
+
+def save_model(policy: Policy, encoder: Any, folder: Path) -> None:
+    """Model, tokenizer and processor in Hugging Face format; plain transformers loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.save(folder)
+    encoder.save(folder)
+
+
+def result_row(model: str, kind: str, accuracies: dict[str, Accuracy], rollouts: int) -> dict[str, Any]:
+    overall = average(accuracies)
+    return {
+        "model": model,
+        "kind": kind,
+        "accuracy": {**{name: a.mean for name, a in accuracies.items()}, "average": overall.mean},
+        "stderr": {**{name: a.stderr for name, a in accuracies.items()}, "average": overall.stderr},
+        "num_prompts": overall.num_prompts,
+        "rollouts": rollouts,
+    }
+
+
+def accuracy_row(accuracies: dict[str, Accuracy]) -> dict[str, float]:
+    return {**{name: a.mean for name, a in accuracies.items()}, "average": average(accuracies).mean}
+
+
+def _rewarded(rollout: Rollout) -> Rollout:
+    return rollout.with_reward(verify(rollout))
+
+
+def _rollout_stats(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    count = len(rollouts)
+    return {
+        "reward_mean": sum(r.reward for r in rollouts) / count,
+        "response_tokens_mean": sum(r.num_tokens for r in rollouts) / count,
+        "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / count,
+        "num_rollouts": count,
+    }
+
+
+def _seed(*parts: object) -> int:
+    """A 63-bit seed from what it is for; independent of order and process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device = {name!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _progress(record: dict[str, Any]) -> str:
+    rewards = (
+        f"{name} {row['rollout'].get(name, _pooled(row))['reward_mean']:.2f}"
+        for name, row in record["branches"].items()
+    )
+    return f"cycle {record['cycle']} {record['phase']}  reward: " + " ".join(rewards)
+
+
+def _pooled(row: dict[str, Any]) -> dict[str, float]:
+    parts = row["rollout"].values()
+    total = sum(part["num_rollouts"] for part in parts)
+    return {"reward_mean": sum(part["reward_mean"] * part["num_rollouts"] for part in parts) / total}
+
+
+def _accuracy_line(method: str, record: dict[str, Any]) -> str:
+    rows = [
+        f"{branch}: " + " ".join(f"{domain} {value:.2f}" for domain, value in row.items())
+        for branch, row in record["evaluate"].items()
+    ]
+    return f"{method} step {record['step']} held-out accuracy  " + "  |  ".join(rows)
+
+
+def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:
+    """Accuracy of ``config.model`` on the first held-out prompts of every branch."""
+    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    policy, encoder = load_model(config.model)
+    policy.module.to(_device(config.device))
+    prompts = {
+        branch.name: [
+            encoder.encode(e) for e in load_examples(branch.data, "eval", f"branches.{index}.data")[:num_prompts]
+        ]
+        for index, branch in enumerate(config.branches)
+    }
+    sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
+    engine = EmbeddedEngine({"model": policy}, encoder)
+    return evaluate(engine, "model", prompts, sampling, _seed(config.seed, "eval"))[0]

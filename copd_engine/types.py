@@ -1,0 +1,144 @@
+"""The nouns of one training step, and the legend of tensor dimensions.
+
+Dimension suffixes used across the project::
+
+    P prompts   G rollouts per prompt (group)   B sequences   T packed tokens
+    N response tokens (rows of the loss)   D hidden size   V vocabulary   K top-k
+
+A rollout travels as: :class:`Example` (a row of data) -> :class:`EncodedPrompt` (token ids already
+expanded for images and videos) -> :class:`Rollout` (what the policy answered) -> packed rows (``packing.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+
+class UserError(ValueError):
+    """A mistake in the user's input: config, data, checkpoint or command line.
+
+    The message says what was wrong, where, and what would be right. The CLI prints it in one line
+    and exits with code 2; no traceback.
+    """
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its verifiable answer.
+
+    ``prompt`` is the user's turn without chat template. Each image of ``images`` stands for one
+    ``<image>`` marker of the prompt, in order; videos likewise with ``<video>``. A prompt without
+    markers gets its media in front. A video is uint8 ``[frames, height, width, 3]`` at ``fps``.
+    """
+
+    uid: str
+    prompt: str
+    answer: str
+    verifier: str
+    images: tuple[Image.Image, ...] = ()
+    videos: tuple[np.ndarray, ...] = ()
+    fps: float = 2.0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the model sees it, computed once and shared by its group of rollouts.
+
+    ``input_ids_T`` int64, media placeholders already expanded; ``position_ids_3T`` int64, the M-RoPE rows
+    (three equal rows for text-only models); ``next_position`` is the position of the first response token.
+    ``pixel_values`` fp32 ``[patches, patch_dim]`` and ``image_grid_thw`` int64 ``[images, 3]``, or None.
+    """
+
+    example: Example
+    input_ids_T: torch.Tensor
+    position_ids_3T: torch.Tensor
+    next_position: int
+    pixel_values: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
+    pixel_values_videos: torch.Tensor | None = None
+    video_grid_thw: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids_T.shape[0])
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One response to sample: the prompt, and a seed of its own that fixes its random stream."""
+
+    prompt: EncodedPrompt
+    seed: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    ``response_ids_N`` int64 holds the end token when the model emitted one (``finish_reason == "stop"``),
+    none when the length limit cut it (``"length"``). ``sampler_logp_N`` fp32: log-prob of each sampled token under
+    the sampling policy at the sampling temperature. ``weight_version`` is the policy's version while sampling.
+    """
+
+    request: RolloutRequest
+    response_ids_N: torch.Tensor
+    sampler_logp_N: torch.Tensor
+    finish_reason: str
+    weight_version: int
+    text: str = ""
+    reward: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.response_ids_N.shape[0])
+
+    def with_reward(self, reward: float) -> Rollout:
+        return replace(self, reward=reward)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences of mixed lengths and modalities in one row of T tokens: no padding, each prompt once.
+
+    First stand the P different prompts, then the responses of all B sequences without their last token, whose hidden
+    state predicts nothing. ``input_ids_T``, ``position_ids_3T``; ``prompt_lengths_P`` > 0; ``response_lengths_B`` >=
+    0, rows of each response; ``prompt_of_B``, the prompt each continues; all int64.
+
+    ``rows_N``: rows whose hidden state predicts a response token (the first one is predicted by the prompt's last
+    row, which the whole group shares); ``target_N`` the token predicted; ``sequence_N`` its sequence, 0..B-1.
+    ``pixel_values`` fp32 ``[patches, patch_dim]`` and ``grid_thw`` int64 ``[media, 3]`` of all prompts in order;
+    ``visual_rows_M`` their tokens' rows.
+    """
+
+    input_ids_T: torch.Tensor
+    position_ids_3T: torch.Tensor
+    prompt_lengths_P: torch.Tensor
+    response_lengths_B: torch.Tensor
+    prompt_of_B: torch.Tensor
+    rows_N: torch.Tensor
+    target_N: torch.Tensor
+    sequence_N: torch.Tensor
+    pixel_values: torch.Tensor | None = None
+    grid_thw: torch.Tensor | None = None
+    visual_rows_M: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids_T.shape[0])
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.prompt_of_B.shape[0])
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on ``device``."""
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})

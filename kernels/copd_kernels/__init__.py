@@ -1,0 +1,25 @@
+"""Fused lm_head operations for on-policy distillation and GRPO (CoPD, arXiv 2604.27083).
+
+Every operation takes hidden states and lm_head weights, never logits, and returns per-token numbers. Importing the
+package registers the operations with torch and opens the compiled CPU library where there is one.
+
+Dimension suffixes: T tokens, D hidden size, V vocabulary, B responses.
+"""
+
+from copd_kernels._library import native_available
+from copd_kernels.advantages import GroupAdvantages, group_advantages
+from copd_kernels.linear_divergence import Divergence, linear_divergence
+from copd_kernels.linear_logprob import LogProb, linear_logprob
+from copd_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
+
+__all__ = [
+    "Divergence",
+    "GroupAdvantages",
+    "LogProb",
+    "PolicyLoss",
+    "group_advantages",
+    "linear_divergence",
+    "linear_logprob",
+    "linear_policy_loss",
+    "native_available",
+]

