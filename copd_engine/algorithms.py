@@ -70,7 +70,7 @@ class Schedule:
         assignments = [Assignment(name, name, num_prompts) for name in self.students]
         if phase == "opd":
             for student in self.students:
-                assignments += self._cross(student)
+                assignments += self._cross(student, step, cycle)
         return StepPlan(step, cycle, phase, tuple(assignments))
 
     def _place(self, step: int) -> tuple[int, str]:
@@ -80,10 +80,11 @@ class Schedule:
         in_opd = self._config.method == "copd" and within >= schedule.rl_steps
         return cycle + 1, "opd" if in_opd else "rl"
 
-    def _cross(self, student: str) -> list[Assignment]:
+    def _cross(self, student: str, step: int, cycle: int) -> list[Assignment]:
         """The cross batches of a student: one share of the prompts per teacher, weights that sum to 1."""
         teachers = self.teachers[student]
-        counts = split_evenly(_num_cross_prompts(self._config), len(teachers))
+        opd_step = step - 1 - cycle * self._config.schedule.rl_steps  # phase II steps before this one
+        counts = split_evenly(_num_cross_prompts(self._config), len(teachers), opd_step)
         total = sum(counts)
         return [
             Assignment(student, teacher, count, teacher, count / total)
@@ -95,10 +96,7 @@ class Schedule:
         """The pooled prompts of one step; what does not divide evenly rotates over the branches."""
         names = self._config.branch_names
         num_prompts = self._config.rollout.prompts_per_step
-        base, extra = divmod(num_prompts, len(names))
-        first = (step - 1) * extra
-        favoured = {(first + i) % len(names) for i in range(extra)}
-        counts = [base + (index in favoured) for index in range(len(names))]
+        counts = split_evenly(num_prompts, len(names), step - 1)
         return tuple(
             Assignment(MIXED, name, count, None, count / num_prompts)
             for name, count in zip(names, counts, strict=True)
@@ -124,9 +122,13 @@ def teachers_of(config: RunConfig) -> dict[str, tuple[str, ...]]:
     return {name: tuple(dict.fromkeys(t for s, t in topology if s == name)) for name in names}
 
 
-def split_evenly(count: int, parts: int) -> list[int]:
-    """``count`` in ``parts`` whole numbers that differ by at most one, the larger ones first."""
-    return [count // parts + (i < count % parts) for i in range(parts)] if parts else []
+def split_evenly(count: int, parts: int, turn: int = 0) -> list[int]:
+    """``count`` in ``parts`` whole numbers that differ by at most one; over the turns, each part gets its share."""
+    if not parts:
+        return []
+    base, extra = divmod(count, parts)
+    favoured = {(turn * extra + i) % parts for i in range(extra)}
+    return [base + (index in favoured) for index in range(parts)]
 
 
 def _num_cross_prompts(config: RunConfig) -> int:

@@ -81,7 +81,7 @@ class Branch:
     def score(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """Log-probs fp32 ``[N]`` on the CPU of each rollout's tokens under this branch, at the sampling temperature."""
         scores: list[torch.Tensor] = []
-        for indexes in self._micro_batches(rollouts):
+        for indexes in self.micro_batches(rollouts):
             batch = self.pack([rollouts[i] for i in indexes])
             logp_N = self._logp(self.policy.hidden_states(batch), batch.target_N).cpu()
             scores += logp_N.split([rollouts[i].num_tokens for i in indexes])
@@ -112,7 +112,7 @@ class Branch:
                 self.optimizer.step()
                 self.version += 1
                 self.num_skipped_in_a_row = 0
-                totals.loss += loss
+                totals.loss += loss / scale
                 grad_norms.append(grad_norm)
             else:
                 skipped = True
@@ -161,19 +161,15 @@ class Branch:
         totals.mismatch += float(mismatch_N.sum())
         totals.mismatch_max = max(totals.mismatch_max, float(mismatch_N.max()))
         surrogate_N = _surrogate(result.ratio_T.cpu(), advantage_N, self._objective)
-        for sample, loss_n, old, delta in zip(
-            samples,
-            (-weight_N * surrogate_N).split(lengths),
-            old_logp_N.split(lengths),
-            advantage_N.split(lengths),
-            strict=True,
+        for sample, loss_n, old in zip(
+            samples, (-weight_N * surrogate_N).split(lengths), old_logp_N.split(lengths), strict=True
         ):
             term = totals.terms[sample.term]
-            term["loss"] += float(loss_n.sum())
+            term["loss"] += float(loss_n.sum()) / scale
             term["num_tokens"] += len(old)
             term["num_responses"] += 1
-            if sample.teacher_logp_N is not None and sample.beta:
-                term["delta_sum"] += float(delta.sum()) / sample.beta
+            if sample.teacher_logp_N is not None:
+                term["delta_sum"] += float((sample.teacher_logp_N - old).sum())
         return loss
 
     def _logp(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
@@ -185,7 +181,8 @@ class Branch:
             temperature=self._temperature,
         ).logp_T
 
-    def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+    def micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """Indexes of rollouts that one forward takes."""
         return split_by_tokens(
             [rollout.request.prompt for rollout in rollouts],
             [rollout.num_tokens for rollout in rollouts],
@@ -193,7 +190,7 @@ class Branch:
         )
 
     def _batches(self, samples: Sequence[TrainSample]) -> list[list[int]]:
-        return self._micro_batches([sample.rollout for sample in samples])
+        return self.micro_batches([sample.rollout for sample in samples])
 
     def _metrics(self, totals: _Totals, grad_norms: list[float], skipped: bool) -> dict[str, Any]:
         tokens = totals.num_tokens

@@ -1,14 +1,15 @@
 """Checkpoints: safetensors and one JSON manifest with hashes, written aside and renamed. Nothing is unpickled.
 
 ``checkpoints/step-000020/`` holds ``model-BRANCH.safetensors``, ``optim-BRANCH.safetensors`` (AdamW's moments) and
-``manifest.json`` (step, versions, data cursors, SHA-256 of each file). A folder without a manifest whose hashes hold is
-never resumed from, so a kill at any moment leaves the last complete one.
+``manifest.json`` (step, versions, data cursors, SHA-256 of each file and of the manifest itself). A folder without a
+manifest whose hashes hold is never resumed from, so a kill at any moment leaves the last complete one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from copd_engine.types import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, step: int, branches: Mapping[str, Branch], state: dict[str, Any], keep: int) -> Path:
@@ -44,14 +46,19 @@ def save_checkpoint(folder: Path, step: int, branches: Mapping[str, Branch], sta
     for file in sorted(aside.iterdir()):
         manifest["files"][file.name] = _sha256(file)
         _sync(file)
+    manifest["sha256"] = _manifest_sha256(manifest)
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync(aside / MANIFEST)
+    _sync(aside)
     if target.exists():
         shutil.rmtree(target)
     os.replace(aside, target)
     _sync(folder)
-    for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    kept = complete_checkpoints(folder)[-keep:]
+    # With what a kill left half written or half removed.
+    for old in [*folder.glob("step-*"), *folder.glob(".writing-*")]:
+        if old not in kept:
+            shutil.rmtree(old)
     return target
 
 
@@ -85,8 +92,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist or has no {MANIFEST}")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text at all
         raise UserError(f"checkpoint {path}: {MANIFEST} is not JSON ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("sha256") != _manifest_sha256(manifest):
+        raise UserError(f"checkpoint {path}: {MANIFEST} is damaged (its SHA-256 differs from the one it holds)")
     if manifest.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} has format {manifest.get('format')}, this version reads {FORMAT}")
     for name, digest in manifest["files"].items():
@@ -98,13 +107,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose hashes hold; damaged ones are passed over."""
+    """The newest checkpoint whose hashes hold, None where none was ever written.
+
+    Damaged ones are passed over with a warning. UserError when all are damaged: starting over is for the user to
+    decide.
+    """
+    damage = None
     for path in reversed(complete_checkpoints(folder)):
         try:
             read_manifest(path)
-        except UserError:
+        except UserError as error:
+            damage = damage or error
+            logger.warning("%s; trying an older one", error)
             continue
         return path
+    if damage is not None:
+        raise UserError(f"{damage}; no other checkpoint is whole: start over with another name=... or --overwrite")
     return None
 
 
@@ -135,7 +153,13 @@ def _restore_moments(branch: Branch, tensors: dict[str, torch.Tensor]) -> None:
     branch.optimizer.state.clear()
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
-        branch.optimizer.state[branch.parameters[name]][field] = value
+        parameter = branch.parameters[name]
+        branch.optimizer.state[parameter][field] = value.to(parameter.device)
+
+
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

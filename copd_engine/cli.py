@@ -22,8 +22,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 testbed_app = typer.Typer(no_args_is_help=True, help="The testbed: tiny tasks and a tiny Qwen3-VL.")
 app.add_typer(testbed_app, name="testbed")
 
-ROW_ORDER = ("base", "expert", "baseline", "branch", "merged")
-
 
 @app.command()
 def train(
@@ -44,9 +42,7 @@ def train(
             raise UserError("copd train needs CONFIG, e.g. configs/demo.yaml, or --resume RUN")
         settings = load_config(config, overrides)
         run_dir = run_folder.run_dir_of(settings)
-        if overwrite and (run_dir / run_folder.CONFIG).is_file():
-            shutil.rmtree(run_dir)
-    result = run_with_baselines(settings, run_dir)
+    result = run_with_baselines(settings, run_dir, overwrite)
     _print_result(run_dir, result)
 
 
@@ -54,7 +50,7 @@ def train(
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, e.g. runs/demo/models/merged, or 'testbed'")],
     config: Annotated[Path, typer.Option(help="The run config whose held-out prompts are used.")],
-    num_prompts: Annotated[int | None, typer.Option(help="Held-out prompts per branch.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts per branch.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
 ) -> None:
     """Accuracy of a model on the held-out prompts of a config's branches."""
@@ -84,11 +80,15 @@ def merge_models(
         raise UserError(f"--out {out} exists already; name a new folder")
     weights: dict[str, float] = {}
     for item in branches:
-        path, equals, weight = item.partition("=")
+        # A folder's own name may hold a '='.
+        path, equals, weight = (item, "", "") if Path(item).is_dir() else item.rpartition("=")
         try:
-            weights[path] = float(weight) if equals else 1.0
+            value = float(weight) if equals else 1.0
         except ValueError:
             raise UserError(f"branch {item!r}: the weight after '=' must be a number") from None
+        if (path or item) in weights:
+            raise UserError(f"branch {path or item!r} is named twice; give it a weight instead, e.g. FOLDER=2")
+        weights[path or item] = value
     policy, encoder = load_model(ModelConfig(path=base))
     tensors = {path: dict(load_model(ModelConfig(path=path))[0].named_parameters()) for path in weights}
     load_parameters(policy, merge(policy.named_parameters(), tensors, weights))
@@ -121,29 +121,41 @@ def build_testbed(
     typer.echo(f"{out}: " + ", ".join(f"{domain} {value:.2f}" for domain, value in accuracy.items()))
 
 
-def run_with_baselines(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """Train the config's baselines, then its method; returns the result with the rows of all."""
+def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Train the config's baselines, then its method; returns the result with the rows of all.
+
+    What is finished is not trained again. With ``overwrite`` the old run is deleted, but only after data and model of
+    the new one were read without an error.
+    """
     from copd_engine.report import write_report
     from copd_engine.trainer import Trainer
 
-    run_folder.claim(run_dir, config)
-    finished = run_dir / run_folder.RESULT
-    if finished.is_file():
-        done: dict[str, Any] = json.loads(finished.read_text())
-        return done
+    def trainer_of(settings: RunConfig, folder: Path) -> Trainer:
+        trainer = Trainer(settings, folder, _command())
+        if overwrite and (run_dir / run_folder.CONFIG).is_file():
+            shutil.rmtree(run_dir)
+        run_folder.claim(run_dir, config)
+        return trainer
+
+    if not overwrite:
+        run_folder.check(run_dir, config)
+    runs = [
+        (config.model_copy(update={"method": method, "baselines": ()}), run_dir / "baselines" / method)
+        for method in config.baselines
+    ]
     rows: list[dict[str, Any]] = []
-    for method in config.baselines:
-        settings = config.model_copy(update={"method": method, "baselines": ()})
-        baseline_dir = run_dir / "baselines" / method
-        if (baseline_dir / run_folder.RESULT).is_file():
-            result = json.loads((baseline_dir / run_folder.RESULT).read_text())
+    result: dict[str, Any] = {}
+    trained = False
+    for settings, folder in [*runs, (config, run_dir)]:
+        finished = folder / run_folder.RESULT
+        if finished.is_file() and not overwrite:
+            result = json.loads(finished.read_text())
         else:
-            result = Trainer(settings, baseline_dir, _command()).run()
+            result = trainer_of(settings, folder).run(rows if folder == run_dir else ())
+            overwrite, trained = False, True
         rows += [row for row in result["rows"] if row["kind"] != "base"]
-    result = Trainer(config, run_dir, _command()).run()
-    result["rows"] = sorted(result["rows"] + rows, key=lambda row: ROW_ORDER.index(row["kind"]))
-    run_folder.write_json(finished, result)
-    write_report(run_dir)
+    if trained or not (run_dir / "report.html").is_file():
+        write_report(run_dir)
     return result
 
 
@@ -165,5 +177,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"copd: {error}", err=True)
+        typer.echo(f"copd: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -6,24 +6,41 @@ the nearest right one. Defaults are the paper's where it reports one (``copd.md`
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from copd_engine.types import UserError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+def _no_bool(value: Any) -> Any:
+    """YAML reads ``yes`` and ``on`` as true, which pydantic would take for 1."""
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+def _folder_name(value: str) -> str:
+    if not value.strip(". ") or set(value) & set("/\\\0"):
+        raise ValueError("must be a folder name: not empty, without slashes")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Config):
@@ -99,7 +116,7 @@ class RolloutConfig(_Config):
 
     engine: Literal["auto", "embedded"] = "auto"
     prompts_per_step: PositiveInt = 256
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[Int, Field(ge=2)] = 8
     temperature: PositiveFloat = 1.0
     max_new_tokens: PositiveInt = 16_384
     max_prompt_tokens: PositiveInt = 16_384
@@ -112,7 +129,7 @@ class ObjectiveConfig(_Config):
     the importance ratio differs from 1 and the clip acts. ``std_epsilon`` is added to the group's standard deviation.
     """
 
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_low: Annotated[Float, Field(gt=0, lt=1)] = 0.2
     clip_high: PositiveFloat = 0.28
     std_mode: Literal["population", "sample", "none"] = "population"
     std_epsilon: PositiveFloat = 1e-6
@@ -124,7 +141,7 @@ class OptimConfig(_Config):
     """AdamW, constant learning rate. ``max_tokens_per_micro_batch``: packed tokens per forward."""
 
     lr: PositiveFloat = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
@@ -132,7 +149,7 @@ class OptimConfig(_Config):
 
 
 class MergeConfig(_Config):
-    """``weights``: one per branch, normalised to sum 1; default equal (the paper's mean)."""
+    """``mean`` is the paper's. ``weighted`` takes ``weights``: one per branch, normalised to sum 1."""
 
     method: Literal["mean", "weighted"] = "mean"
     weights: dict[str, NonNegativeFloat] | None = None
@@ -165,7 +182,7 @@ class CheckpointConfig(_Config):
 class RunConfig(_Config):
     """A whole run. ``baselines`` names methods to train first, from the same base with the same number of rollouts."""
 
-    name: str = "run"
+    name: Annotated[str, AfterValidator(_folder_name)] = "run"
     seed: NonNegativeInt = 0
     method: Literal["copd", "expert", "mixed"] = "copd"
     baselines: tuple[Literal["expert", "mixed"], ...] = ()
@@ -200,8 +217,18 @@ class RunConfig(_Config):
         for where, name in named:
             if name not in names:
                 raise ValueError(f"{where}: no branch is named {name!r}{_suggest(name, names)}")
-        if self.merge.method == "weighted" and set(self.merge.weights or {}) != set(names):
+        weights = self.merge.weights
+        if self.merge.method == "weighted" and set(weights or {}) != set(names):
             raise ValueError(f"merge.method 'weighted' needs merge.weights for every branch: {', '.join(names)}")
+        if weights is not None and self.merge.method != "weighted":
+            raise ValueError("merge.weights needs merge.method 'weighted'")
+        if weights is not None and not any(weights.values()):
+            raise ValueError("merge.weights are all 0: at least one must be above 0")
+        if "average" in names:
+            raise ValueError("branch name 'average' is taken: the tables call the mean over branches so")
+        for method in self.baselines:
+            if method == self.method or self.baselines.count(method) > 1:
+                raise ValueError(f"baselines: {method!r} would be trained twice")
         return self
 
     @property
@@ -225,8 +252,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     if not path.is_file():
         raise UserError(f"config {path} does not exist")
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2026-13-01
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"config {path} must be a mapping of keys to values, it is {type(data).__name__}")
@@ -249,11 +276,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} must look like key=value, e.g. schedule.cycles=2")
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as text
-            value = float(value)
+    if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+", raw.strip()):  # YAML 1.1 reads 1e-4 as text
+        value = float(raw)
     node: Any = data
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
@@ -267,14 +293,18 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _index(part: str, items: list[Any], override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or int(part) >= len(items):
         raise UserError(f"override {override!r}: {part!r} must be a number from 0 to {len(items) - 1}")
     return int(part)
 
 
 def _explain(error: ValidationError, data: dict[str, Any]) -> str:
-    """The first problem in one line: key, what it was, what it must be."""
-    problem = error.errors()[0]
+    """One problem in one line: key, what it was, what it must be.
+
+    An unknown key goes before others: it may be the misspelt one that is missing.
+    """
+    problems = error.errors()
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     loc = [str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "list["))]
     key = ".".join(loc)
     if problem["type"] == "extra_forbidden":
@@ -282,14 +312,30 @@ def _explain(error: ValidationError, data: dict[str, Any]) -> str:
         return f"unknown key '{key}'{_suggest(loc[-1], known)}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
+    message, value = problem["msg"].removeprefix("Value error, "), _short(problem["input"])
+    if key == "schedule.topology":
+        # Two kinds of value, so pydantic reports two problems; this names both.
+        near = _nearest(value, ["hub", "full", "ring"])
+        return f"{key} = {value}: must be hub, full, ring{near} or a list of [student, teacher] pairs"
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
         return f"{key}: {message}" if key else message
     if problem["type"] == "literal_error" and isinstance(problem["input"], str):
         choices = [c.strip(" '") for c in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return f"{key} = {problem['input']!r}: must be one of {', '.join(choices)}{_nearest(problem['input'], choices)}"
-    message = message[0].lower() + message[1:]
-    return f"{key} = {problem['input']!r}: {message}"
+        return f"{key} = {value}: must be one of {', '.join(choices)}{_nearest(problem['input'], choices)}"
+    known_types = {
+        "model_type": "must be a section of keys",
+        "dict_type": "must be a section of keys",
+        "tuple_type": "must be a list",
+        "too_short": "must not be empty",
+        "string_pattern_mismatch": "must be letters, digits, _ and -",
+    }
+    message = known_types.get(problem["type"], message[0].lower() + message[1:])
+    return f"{key} = {value}: {message}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _nearest(word: str, choices: list[str]) -> str:

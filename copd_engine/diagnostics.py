@@ -38,22 +38,24 @@ def compare_branches(
         return rows
     for student_name, student in branches.items():
         rollouts = engine.generate(student_name, probes, sampling)
-        batch = student.pack(rollouts)
-        student_hidden_ND = student.policy.hidden_states(batch)
-        for teacher_name, teacher in branches.items():
-            if teacher_name == student_name:
-                continue
-            divergence = linear_divergence(
-                student_hidden_ND,
-                student.policy.lm_head_weight,
-                teacher.policy.hidden_states(batch),
-                teacher.policy.lm_head_weight,
-                batch.target_N,
-                student_bias_V=student.policy.lm_head_bias,
-                teacher_bias_V=teacher.policy.lm_head_bias,
-                temperature=sampling.temperature,
-                top_k=top_k,
-            )
-            means = {name: float(getattr(divergence, field).mean()) for name, field in PAIR_METRICS.items()}
-            rows.append({"student": student_name, "teacher": teacher_name, **means})
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        means = {name: dict.fromkeys(PAIR_METRICS, 0.0) for name in branches if name != student_name}
+        for indexes in student.micro_batches(rollouts):
+            batch = student.pack([rollouts[i] for i in indexes])
+            student_hidden_ND = student.policy.hidden_states(batch)
+            for teacher_name, sums in means.items():
+                teacher = branches[teacher_name].policy
+                divergence = linear_divergence(
+                    student_hidden_ND,
+                    student.policy.lm_head_weight,
+                    teacher.hidden_states(batch),
+                    teacher.lm_head_weight,
+                    student_bias_V=student.policy.lm_head_bias,
+                    teacher_bias_V=teacher.lm_head_bias,
+                    temperature=sampling.temperature,
+                    top_k=top_k,
+                )
+                for name, field in PAIR_METRICS.items():
+                    sums[name] += float(getattr(divergence, field).sum()) / num_tokens
+        rows += [{"student": student_name, "teacher": name, **values} for name, values in means.items()]
     return rows

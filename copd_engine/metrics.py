@@ -11,7 +11,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
          "cycle": 1, "phase": "rl",       # "rl" (phase I) or "opd" (phase II)
          "elapsed_s": 33.1, "step_s": 0.61,
          "time_s": {"rollout": s, "verify": s, "teacher": s, "update": s, "sync": s, "diagnostics": s,
-                    "evaluate": s, "checkpoint": s},
+                    "evaluate": s, "checkpoint": s},   # of the checkpoint that followed the line before
          "branches": {"text": {
              "version": 13, "loss": x, "grad_norm": x, "lr": x, "skipped": false, "num_tokens": n, "entropy": x,
              "clip_fraction": x, "ratio_mean": x, "mismatch_mean": x, "mismatch_max": x,

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 from PIL import Image
 
 from copd_engine.config import RunConfig, load_config
+from copd_engine.metrics import read_jsonl
 from copd_engine.types import Example, Rollout, UserError
 
 CONFIG, SAMPLES, RESULT, CHECKPOINTS = "config.yaml", "samples.jsonl", "result.json", "checkpoints"
@@ -29,8 +31,8 @@ def run_dir_of(config: RunConfig) -> Path:
     return config.output_dir / config.name
 
 
-def claim(run_dir: Path, config: RunConfig) -> None:
-    """Make ``run_dir`` the folder of this config. UserError when it holds another run; nothing is overwritten."""
+def check(run_dir: Path, config: RunConfig) -> None:
+    """UserError unless ``run_dir`` is free or holds a run of this config. Writes nothing."""
     file = run_dir / CONFIG
     if file.is_file():
         if comparable(load_config(file)) != comparable(config):
@@ -39,13 +41,25 @@ def claim(run_dir: Path, config: RunConfig) -> None:
                 "choose another name=... or output_dir=..., or remove the folder"
             )
         return
-    if run_dir.exists() and any(run_dir.iterdir()):
+    # A kill between the two writes of `claim` leaves the file written aside.
+    if run_dir.exists() and (not run_dir.is_dir() or any(path.name != f".{CONFIG}" for path in run_dir.iterdir())):
         raise UserError(
             f"{run_dir} exists and is not a run folder (no {CONFIG}): choose another name=... or output_dir=..."
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def claim(run_dir: Path, config: RunConfig) -> None:
+    """Make ``run_dir`` the folder of this config. UserError as in :func:`check`; nothing is overwritten."""
+    check(run_dir, config)
+    file = run_dir / CONFIG
+    if file.is_file():
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the run folder {run_dir}: {error.strerror}") from None
     aside = run_dir / f".{CONFIG}"
-    aside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    aside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     os.replace(aside, file)
 
 
@@ -84,26 +98,32 @@ def save_sample(run_dir: Path, step: int, branch: str, domain: str, rollout: Rol
         file.write(json.dumps(row) + "\n")
 
 
-def drop_later_samples(run_dir: Path, step: int) -> None:
-    """Forget samples of steps after ``step``, which a resumed run draws again."""
+def drop_later_samples(run_dir: Path, step: int, branches: Collection[str]) -> None:
+    """Forget what a run resumed from ``step`` draws again. A last line torn by a kill goes too.
+
+    These are the samples of later steps, and those of the models made after the last step, which are no ``branches``.
+    """
     file = run_dir / SAMPLES
     if not file.exists():
         return
-    lines = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+    rows = [row for row in read_jsonl(file) if row["step"] <= step and row["branch"] in branches]
     aside = run_dir / f".{SAMPLES}"
-    aside.write_text("".join(f"{line}\n" for line in lines))
+    aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     os.replace(aside, file)
 
 
 def _save_media(run_dir: Path, example: Example) -> list[str]:
     pictures = [*example.images, *(Image.fromarray(np.concatenate(list(v[::2]), axis=1)) for v in example.videos)]
     names = []
-    for index, picture in enumerate(pictures):
-        name = f"media/{hashlib.sha256(f'{example.uid}/{index}'.encode()).hexdigest()[:16]}.png"
+    for picture in pictures:
+        # By content: rows of two data files may have the same uid.
+        name = f"media/{hashlib.sha256(f'{picture.size}'.encode() + picture.tobytes()).hexdigest()[:16]}.png"
         names.append(name)
         if not (run_dir / name).exists():
             (run_dir / "media").mkdir(exist_ok=True)
-            picture.save(run_dir / name)
+            aside = run_dir / "media" / ".writing.png"
+            picture.save(aside)
+            os.replace(aside, run_dir / name)
     return names
 
 

@@ -27,7 +27,7 @@ from copd_engine.data import DataStream, load_examples
 from copd_engine.diagnostics import compare_branches
 from copd_engine.evaluate import Accuracy, average, evaluate, verify
 from copd_engine.merge import merge
-from copd_engine.metrics import MetricsLog, peak_rss_bytes, system_stats
+from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
 from copd_engine.models.base import Policy
 from copd_engine.models.loading import load_model
 from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
@@ -36,6 +36,8 @@ from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest, UserError
 
 MAX_SKIPPED_IN_A_ROW = 10
+#: Order of the result table.
+ROW_KINDS = ("base", "expert", "baseline", "branch", "merged")
 SAMPLES_PER_DOMAIN = 3
 
 
@@ -58,6 +60,11 @@ class Trainer:
         }
         self.base, self.encoder = load_model(config.model)
         self.base.module.to(_device(config.device))
+        vocab_size = len(self.base.lm_head_weight)
+        if config.diagnostics.top_k > vocab_size:
+            raise UserError(
+                f"diagnostics.top_k = {config.diagnostics.top_k}: the model's vocabulary has {vocab_size} tokens"
+            )
         betas = {branch.name: branch.beta for branch in config.branches}
         self.branches = {
             name: Branch(
@@ -82,13 +89,17 @@ class Trainer:
         self._held_out = {name: [self._encode(e) for e in rows[:count]] for name, rows in held_out.items()}
         self._probes = self._probe_requests()
         self._rollouts_drawn: dict[str, int] = defaultdict(int)
+        self._last_checkpoint: Path | None = None
         self._elapsed_before = 0.0
         self._started = time.perf_counter()
 
     # The run
 
-    def run(self) -> dict[str, Any]:
-        """Train from the newest checkpoint, or from the start; returns what ``result.json`` holds."""
+    def run(self, baseline_rows: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """Train from the newest checkpoint, or from the start; returns what ``result.json`` holds.
+
+        ``baseline_rows``: rows of other runs for the result's table.
+        """
         run_folder.claim(self.run_dir, self.config)
         done, first = self._resume(), 1
         with MetricsLog(self.run_dir, tensorboard=self.config.tensorboard, resume_step=done) as log:
@@ -106,15 +117,23 @@ class Trainer:
                 dynamic_ncols=True,
                 mininterval=1.0,
             )
+            checkpoint_s = 0.0
             for step in bar:
-                plan = self.schedule.plan(step)
-                record = self.step(plan)
+                record = self.step(self.schedule.plan(step))
+                # A checkpoint follows the log line of its step, or a kill between the two would lose the line for good;
+                # its time stands in the next line.
+                record["time_s"]["checkpoint"] = checkpoint_s
+                record["step_s"] += checkpoint_s
                 log.write(record)
                 bar.set_postfix_str(_progress(record))
                 if record["evaluate"]:
                     tqdm.write(_accuracy_line(self.config.method, record))
                 self._stop_if_diverged()
-        return self._finish()
+                begin = time.perf_counter()
+                if _due(step, self.config.checkpoint.every) or step == self.schedule.num_steps:
+                    self._save(step)
+                checkpoint_s = time.perf_counter() - begin
+        return self._finish(baseline_rows)
 
     def step(self, plan: StepPlan) -> dict[str, Any]:
         """One optimizer step of every branch; returns its metrics record."""
@@ -124,7 +143,7 @@ class Trainer:
         drawn: dict[str, list[tuple[Assignment, list[Rollout]]]] = {}
         for student in self.branches:
             with timer("rollout"):
-                drawn[student] = self._roll_out(plan, student)
+                drawn[student] = self.roll_out(plan, student)
             with timer("verify"):
                 drawn[student] = [(a, [_rewarded(r) for r in rollouts]) for a, rollouts in drawn[student]]
         samples: dict[str, list[TrainSample]] = {}
@@ -160,9 +179,6 @@ class Trainer:
         if _due(plan.step, self.config.eval.every):
             with timer("evaluate"):
                 record["evaluate"] = self._evaluate_branches(plan.step)
-        if _due(plan.step, self.config.checkpoint.every) or plan.step == self.schedule.num_steps:
-            with timer("checkpoint"):
-                self._save(plan.step)
         record["time_s"] = timer.seconds
         record["step_s"] = time.perf_counter() - begin
         record["elapsed_s"] = self._elapsed()
@@ -171,7 +187,7 @@ class Trainer:
 
     # Parts of a step
 
-    def _roll_out(self, plan: StepPlan, student: str) -> list[tuple[Assignment, list[Rollout]]]:
+    def roll_out(self, plan: StepPlan, student: str) -> list[tuple[Assignment, list[Rollout]]]:
         """All of a student's assignments in one call of the engine."""
         assignments = plan.of(student)
         requests: list[RolloutRequest] = []
@@ -179,10 +195,11 @@ class Trainer:
         group = 0
         for assignment in assignments:
             examples = self._streams[student, assignment.source].take(assignment.num_prompts)
-            for example in examples:
+            for number, example in enumerate(examples):
                 prompt = self._encode(example)
                 for member in range(self.config.rollout.group_size):
-                    seed = _seed(self.config.seed, "rollout", plan.step, student, group, member)
+                    # Not the running group: the order of branches in the config must not change what is drawn.
+                    seed = _seed(self.config.seed, "rollout", plan.step, student, assignment.source, number, member)
                     requests.append(RolloutRequest(prompt, seed, group))
                 group += 1
             counts.append(len(examples) * self.config.rollout.group_size)
@@ -274,7 +291,7 @@ class Trainer:
             "step": 0,
             "cycle": 0,
             "phase": "base",
-            "elapsed_s": self._elapsed(),
+            "elapsed_s": 0.0,
             "branches": {},
             "diagnostics": self._diagnose(),
             "evaluate": {name: accuracy_row(accuracy) for name in self.branches},
@@ -311,38 +328,37 @@ class Trainer:
             "elapsed_s": self._elapsed(),
         }
         folder = self.run_dir / run_folder.CHECKPOINTS
-        checkpoint.save_checkpoint(folder, step, self.branches, state, self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        self._last_checkpoint = checkpoint.save_checkpoint(folder, step, self.branches, state, keep)
 
     def _resume(self) -> int | None:
         """Restore the newest whole checkpoint and return its step; None for a run that starts anew."""
-        if not (self.run_dir / "metrics.jsonl").exists():
-            return None
         newest = checkpoint.newest_checkpoint(self.run_dir / run_folder.CHECKPOINTS)
         if newest is None:
-            # Nothing to restore, but the base line of the log may be torn: start over, in the same folder.
-            (self.run_dir / "metrics.jsonl").unlink()
+            # Nothing to restore, but a kill may have left some lines: start over, in the same folder.
+            (self.run_dir / METRICS_FILE).unlink(missing_ok=True)
             (self.run_dir / run_folder.SAMPLES).unlink(missing_ok=True)
             return None
         step, state = checkpoint.load_checkpoint(newest, self.branches)
+        self._last_checkpoint = newest
         for key, stream in self._streams.items():
             stream.load_state_dict(state["streams"]["/".join(key)])
         self._rollouts_drawn.update(state["rollouts_drawn"])
         self._elapsed_before = state["elapsed_s"]
         for name, branch in self.branches.items():
             self.engine.sync(name, branch.parameters, branch.version)
-        run_folder.drop_later_samples(self.run_dir, step)
+        run_folder.drop_later_samples(self.run_dir, step, self.branches)
         return step
 
     def _stop_if_diverged(self) -> None:
         for name, branch in self.branches.items():
             if branch.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                newest = checkpoint.newest_checkpoint(self.run_dir / run_folder.CHECKPOINTS)
                 raise UserError(
                     f"branch {name!r}: {MAX_SKIPPED_IN_A_ROW} updates in a row had a NaN or infinite loss or gradient; "
-                    f"stopped. Last checkpoint: {newest or 'none'}"
+                    f"stopped. Last checkpoint: {self._last_checkpoint or 'none'}"
                 )
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, baseline_rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Evaluate, merge, save in Hugging Face format, write ``result.json``."""
         train_s = self._elapsed()
         models: list[tuple[str, str, Policy, int]] = [("base", "base", self.base, 0)]
@@ -367,7 +383,7 @@ class Trainer:
                 save_model(policy, self.encoder, self.run_dir / "models" / label.replace(":", "-").replace(" ", "-"))
         result = {
             "domains": list(self._held_out),
-            "rows": rows,
+            "rows": sorted([*rows, *baseline_rows], key=lambda row: ROW_KINDS.index(row["kind"])),
             "command": self._command,
             "machine": run_folder.machine(),
             "date": run_folder.today(),

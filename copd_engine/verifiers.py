@@ -75,6 +75,15 @@ def reasoning_gym(response: str, example: Example) -> float:
         return 0.0
 
 
+def reasoning_gym_number(response: str, example: Example) -> float:
+    """As ``reasoning_gym``, for tasks whose answer is a number: the response's last number is scored, 0 without one.
+
+    For models too small to keep an answer format; repeating the problem earns nothing.
+    """
+    numbers = _NUMBER.findall(response)
+    return reasoning_gym(f"<answer>{numbers[-1]}</answer>", example) if numbers else 0.0
+
+
 def math(response: str, example: Example) -> float:
     """1 when math-verify finds the response's final expression equal to the answer (``\\boxed{}``, LaTeX, last number).
 
@@ -98,10 +107,20 @@ def math(response: str, example: Example) -> float:
 
 
 VERIFIERS: Mapping[str, Verifier] = MappingProxyType(
-    {"answer_after_hash": answer_after_hash, "exact": exact, "reasoning_gym": reasoning_gym, "math": math}
+    {
+        "answer_after_hash": answer_after_hash,
+        "exact": exact,
+        "reasoning_gym": reasoning_gym,
+        "reasoning_gym_number": reasoning_gym_number,
+        "math": math,
+    }
 )
 #: Module that a verifier needs, and its name on the package index.
-_NEEDS = MappingProxyType({"reasoning_gym": ("reasoning_gym", "reasoning-gym"), "math": ("math_verify", "math-verify")})
+_REASONING_GYM = ("reasoning_gym", "reasoning-gym")
+_NEEDS = MappingProxyType(
+    {"reasoning_gym": _REASONING_GYM, "reasoning_gym_number": _REASONING_GYM, "math": ("math_verify", "math-verify")}
+)
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def get_verifier(name: str) -> Verifier:

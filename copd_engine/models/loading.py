@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from copd_engine.config import ModelConfig
@@ -30,11 +32,23 @@ def load_model(config: ModelConfig) -> tuple[Policy, PromptEncoder]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"model.path = {config.path!r}: the folder has no config.json, so it is no Hugging Face model")
-    model_type = json.loads(config_file.read_text()).get("model_type")
-    if model_type == "qwen3_vl":
-        module = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-        return Qwen3VLPolicy(module), Qwen3VLPromptEncoder.from_folder(folder, module)
-    return _causal_lm(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder))
+    try:
+        if json.loads(config_file.read_text()).get("model_type") == "qwen3_vl":
+            module = _pretrained(Qwen3VLForConditionalGeneration, folder, dtype)
+            return Qwen3VLPolicy(module), Qwen3VLPromptEncoder.from_folder(folder, module)
+        module = _pretrained(AutoModelForCausalLM, folder, dtype)
+        return _causal_lm(module, AutoTokenizer.from_pretrained(folder))
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # what transformers raises for missing and damaged files
+        raise UserError(f"model.path = {config.path!r}: the model cannot be read: {error}") from error
+
+
+def _pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    module, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:  # transformers would only warn, and fill them with random numbers
+        raise UserError(f"model.path = '{folder}': the weights lack {sorted(report['missing_keys'])[0]}")
+    return module
 
 
 def _causal_lm(module, tokenizer) -> tuple[Policy, PromptEncoder]:  # type: ignore[no-untyped-def]

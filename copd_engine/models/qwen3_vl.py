@@ -136,25 +136,34 @@ class Qwen3VLPromptEncoder(PromptEncoder):
     def from_folder(cls, folder: Path, module: Qwen3VLForConditionalGeneration) -> Qwen3VLPromptEncoder:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        # The video settings stand in a file of their own; without it the image settings hold.
+        # The video settings stand in a file of their own; without it the class's defaults hold.
         settings = folder / "video_preprocessor_config.json"
         video = json.loads(settings.read_text()) if settings.is_file() else {}
         video_processor = VideoProcessorTorch(**{k: v for k, v in video.items() if not k.endswith("_type")})
         return cls(tokenizer, image_processor, video_processor, module)
 
     def encode(self, example: Example) -> EncodedPrompt:
+        for token in self.tokenizer.convert_ids_to_tokens(self.visual_token_ids):
+            if token in example.prompt:
+                raise UserError(
+                    f"prompt {example.uid!r} contains {token}, which the model would take for pixels: "
+                    f"write {IMAGE_MARKER} or {VIDEO_MARKER} for a file"
+                )
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": _content(example)}], tokenize=False, add_generation_prompt=True
         )
-        inputs = self.processor(
-            text=[text],
-            images=list(example.images) or None,
-            videos=[torch.from_numpy(video).permute(0, 3, 1, 2) for video in example.videos] or None,
-            video_metadata=[_metadata(video, example.fps) for video in example.videos] or None,
-            do_sample_frames=False,
-            cap_pixels_per_frame=False,
-            return_tensors="pt",
-        )
+        try:
+            inputs = self.processor(
+                text=[text],
+                images=list(example.images) or None,
+                videos=[torch.from_numpy(video).permute(0, 3, 1, 2) for video in example.videos] or None,
+                video_metadata=[_metadata(video, example.fps) for video in example.videos] or None,
+                do_sample_frames=False,
+                cap_pixels_per_frame=False,
+                return_tensors="pt",
+            )
+        except ValueError as error:  # a video of one frame, an image 200 times as long as wide
+            raise UserError(f"prompt {example.uid!r} cannot be encoded: {error}") from None
         position_ids_31T, delta = self._rope_index(
             inputs["input_ids"],
             mm_token_type_ids=inputs["mm_token_type_ids"],

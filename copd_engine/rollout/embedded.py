@@ -40,7 +40,6 @@ class EmbeddedEngine:
                 )
         self._versions[expert] = version
 
-    @torch.inference_mode()
     def generate(self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Rollout]:
         policy = self._policy(expert)
         rollouts: list[Rollout] = []
@@ -76,7 +75,7 @@ class EmbeddedEngine:
         token_ids_BN, logp_BN, num_tokens_B = self._sample(policy, prompts, torch.tensor(repeats), requests, sampling)
         rollouts = []
         for request, ids_N, logp_N, num in zip(requests, token_ids_BN, logp_BN, num_tokens_B.tolist(), strict=True):
-            response_ids_N = ids_N[:num].clone()
+            response_ids_N = ids_N[:num].clone()  # out of inference mode: autograd may keep a copy
             stopped = num > 0 and int(response_ids_N[-1]) == self._encoder.end_token_id
             rollouts.append(
                 Rollout(
@@ -90,6 +89,7 @@ class EmbeddedEngine:
             )
         return rollouts
 
+    @torch.inference_mode()
     def _sample(
         self,
         policy: Policy,

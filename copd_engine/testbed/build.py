@@ -40,11 +40,12 @@ class BuildSettings:
     batch_per_domain: int = 32
     label_noise: float = 0.03
     target: float = 0.42
-    band: tuple[float, float] = (0.36, 0.56)
+    band: tuple[float, float] = (0.36, 0.54)
     max_steps: int = 4000
     evaluate_every: int = 20
     num_examples: int = 20_000
-    num_eval: int = 300
+    num_eval: int = 200
+    num_confirm: int = 800
     domains: tuple[str, ...] = DOMAINS
 
 
@@ -55,10 +56,10 @@ def build(settings: BuildSettings, folder: Path) -> dict[str, float]:
     """
     policy, encoder = untrained(settings.seed, settings.hidden_size, settings.num_layers)
     digit_ids = torch.tensor([encoder.tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)])
-    held_out = {
-        domain: [encoder.encode(e) for e in testbed_examples(domain, "eval", settings.num_eval, settings.seed + 1)]
-        for domain in settings.domains
-    }
+    held_out, confirming = (
+        {d: [encoder.encode(e) for e in testbed_examples(d, "eval", count, seed)] for d in settings.domains}
+        for count, seed in ((settings.num_eval, settings.seed + 1), (settings.num_confirm, settings.seed + 2))
+    )
     pools = {d: testbed_examples(d, "train", settings.num_examples, settings.seed) for d in settings.domains}
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(policy.named_parameters().values(), lr=settings.lr, weight_decay=0.01)
@@ -83,20 +84,30 @@ def build(settings: BuildSettings, folder: Path) -> dict[str, float]:
         torch.nn.utils.clip_grad_norm_(policy.named_parameters().values(), 1.0)
         optimizer.step()
         if (step + 1) % settings.evaluate_every == 0:
-            measured, _ = evaluate(engine, "base", held_out, Sampling(1.0, MAX_NEW_TOKENS), seed=0)
-            accuracy = {domain: value.mean for domain, value in measured.items()}
+            accuracy = _accuracy(engine, held_out)
             bar.set_postfix_str(" ".join(f"{domain} {value:.2f}" for domain, value in accuracy.items()))
-            low, high = settings.band
-            if all(low <= value <= high for value in accuracy.values()):
-                break
+            # A few prompts steer the losses; whether the band is reached is decided on more of them.
+            if _within(accuracy, settings.band):
+                accuracy = _accuracy(engine, confirming)
+                if _within(accuracy, settings.band):
+                    break
             if all(value >= settings.target for value in accuracy.values()):
-                raise UserError(f"a domain jumped over the band {low}..{high}: {accuracy}; try another seed")
+                raise UserError(f"a domain jumped over the band {settings.band}: {accuracy}; try another seed")
     else:
         raise UserError(f"after {settings.max_steps} steps not every domain is in {settings.band}: {accuracy}")
     folder.mkdir(parents=True, exist_ok=True)
     policy.save(folder)
     encoder.save(folder)
     return accuracy
+
+
+def _accuracy(engine: EmbeddedEngine, prompts: dict[str, list[EncodedPrompt]]) -> dict[str, float]:
+    measured, _ = evaluate(engine, "base", prompts, Sampling(1.0, MAX_NEW_TOKENS), seed=0)
+    return {domain: value.mean for domain, value in measured.items()}
+
+
+def _within(accuracy: dict[str, float], band: tuple[float, float]) -> bool:
+    return all(band[0] <= value <= band[1] for value in accuracy.values())
 
 
 def _noisy(response_N: torch.Tensor, digit_ids: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:

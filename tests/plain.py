@@ -1,0 +1,43 @@
+"""The naive truth: transformers' own forward of one sample at a time, full logits, formulas in fp64."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from copd_engine.models.base import Policy
+from copd_engine.types import EncodedPrompt, Rollout
+
+
+def plain_model(policy: Policy) -> PreTrainedModel:
+    """A copy of the policy's weights as they are now, with transformers' own attention."""
+    module = copy.deepcopy(policy.module)
+    module.set_attn_implementation("sdpa")
+    return module
+
+
+def plain_logp(
+    plain: PreTrainedModel, prompt: EncodedPrompt, response_N: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probs fp64 ``[N, V]`` of the whole vocabulary at every token of the response, with grad."""
+    ids = torch.cat([prompt.input_ids_T, response_N])[None]
+    media = {}
+    if hasattr(plain.config, "image_token_id"):
+        image, video = plain.config.image_token_id, plain.config.video_token_id
+        media = {
+            "mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int(),
+            "pixel_values": prompt.pixel_values,
+            "image_grid_thw": prompt.image_grid_thw,
+            "pixel_values_videos": prompt.pixel_values_videos,
+            "video_grid_thw": prompt.video_grid_thw,
+        }
+    logits_TV = plain(input_ids=ids, attention_mask=torch.ones_like(ids), **media).logits[0]
+    return torch.log_softmax(logits_TV[prompt.num_tokens - 1 : -1].double() / temperature, dim=-1)
+
+
+def plain_token_logp(plain: PreTrainedModel, rollout: Rollout, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probs fp64 ``[N]`` of the response's own tokens, with grad."""
+    logp_NV = plain_logp(plain, rollout.request.prompt, rollout.response_ids_N, temperature)
+    return logp_NV.gather(1, rollout.response_ids_N[:, None]).squeeze(1)
