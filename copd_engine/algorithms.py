@@ -54,10 +54,13 @@ class Schedule:
         self.teachers = teachers_of(config) if config.method == "copd" else {}
         self.students = (MIXED,) if config.method == "mixed" else config.branch_names
         copd_prompts = _prompts_of_copd(config)
+        copd_steps = config.schedule.cycles * (config.schedule.rl_steps + config.schedule.opd_steps)
         if config.method == "copd":
-            self.num_steps = config.schedule.cycles * (config.schedule.rl_steps + config.schedule.opd_steps)
+            self.num_steps = copd_steps
         else:
             self.num_steps = -(-copd_prompts // (len(self.students) * config.rollout.prompts_per_step))
+        #: where a baseline has taken as many steps as CoPD; it goes on until it has drawn as many rollouts
+        self.equal_steps = copd_steps if copd_steps < self.num_steps else None
 
     def plan(self, step: int) -> StepPlan:
         """The plan of step 1..num_steps; ValueError outside."""

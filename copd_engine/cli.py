@@ -5,9 +5,7 @@ A mistake in the input ends in one line on standard error and exit code 2; nothi
 
 from __future__ import annotations
 
-import json
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from copd_engine import run_folder
-from copd_engine.config import ModelConfig, RunConfig, load_config
+from copd_engine.config import ModelConfig, load_config
 from copd_engine.types import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -42,7 +40,9 @@ def train(
             raise UserError("copd train needs CONFIG, e.g. configs/demo.yaml, or --resume RUN")
         settings = load_config(config, overrides)
         run_dir = run_folder.run_dir_of(settings)
-    result = run_with_baselines(settings, run_dir, overwrite)
+    from copd_engine.runs import run_with_baselines
+
+    result = run_with_baselines(settings, run_dir, overwrite, _command())
     _print_result(run_dir, result)
 
 
@@ -56,7 +56,8 @@ def evaluate_model(
     """Accuracy of a model on the held-out prompts of a config's branches."""
     settings = load_config(config, overrides)
     from copd_engine.report import result_table
-    from copd_engine.trainer import evaluate_policy, result_row
+    from copd_engine.result import result_row
+    from copd_engine.trainer import evaluate_policy
 
     count = num_prompts or settings.eval.final_num_prompts
     settings = settings.model_copy(update={"model": ModelConfig(path=model, dtype=settings.model.dtype)})
@@ -74,7 +75,7 @@ def merge_models(
     """theta_0 + the (weighted) mean of the branches' changes, saved in Hugging Face format."""
     from copd_engine.merge import merge
     from copd_engine.models.loading import load_model
-    from copd_engine.trainer import load_parameters, save_model
+    from copd_engine.result import load_parameters, save_model
 
     if out.exists():
         raise UserError(f"--out {out} exists already; name a new folder")
@@ -119,44 +120,6 @@ def build_testbed(
     torch.set_num_threads(1)  # the numbers must not depend on how many cores the machine has
     accuracy = build(BuildSettings(seed=seed), out)
     typer.echo(f"{out}: " + ", ".join(f"{domain} {value:.2f}" for domain, value in accuracy.items()))
-
-
-def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Train the config's baselines, then its method; returns the result with the rows of all.
-
-    What is finished is not trained again. With ``overwrite`` the old run is deleted, but only after data and model of
-    the new one were read without an error.
-    """
-    from copd_engine.report import write_report
-    from copd_engine.trainer import Trainer
-
-    def trainer_of(settings: RunConfig, folder: Path) -> Trainer:
-        trainer = Trainer(settings, folder, _command())
-        if overwrite and (run_dir / run_folder.CONFIG).is_file():
-            shutil.rmtree(run_dir)
-        run_folder.claim(run_dir, config)
-        return trainer
-
-    if not overwrite:
-        run_folder.check(run_dir, config)
-    runs = [
-        (config.model_copy(update={"method": method, "baselines": ()}), run_dir / "baselines" / method)
-        for method in config.baselines
-    ]
-    rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {}
-    trained = False
-    for settings, folder in [*runs, (config, run_dir)]:
-        finished = folder / run_folder.RESULT
-        if finished.is_file() and not overwrite:
-            result = json.loads(finished.read_text())
-        else:
-            result = trainer_of(settings, folder).run(rows if folder == run_dir else ())
-            overwrite, trained = False, True
-        rows += [row for row in result["rows"] if row["kind"] != "base"]
-    if trained or not (run_dir / "report.html").is_file():
-        write_report(run_dir)
-    return result
 
 
 def _print_result(run_dir: Path, result: dict[str, Any]) -> None:

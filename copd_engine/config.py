@@ -184,12 +184,17 @@ class CheckpointConfig(_Config):
 
 
 class RunConfig(_Config):
-    """A whole run. ``baselines`` names methods to train first, from the same base with the same number of rollouts."""
+    """A whole run.
+
+    ``baselines``: methods to train too, from the same base with the same number of rollouts. ``parallel_baselines``:
+    each in a process of its own beside the run, which needs the cores and the memory for it. ``num_threads`` 0: all.
+    """
 
     name: Annotated[str, AfterValidator(_folder_name)] = "run"
     seed: NonNegativeInt = 0
     method: Literal["copd", "expert", "mixed"] = "copd"
     baselines: tuple[Literal["expert", "mixed"], ...] = ()
+    parallel_baselines: bool = False
     output_dir: Path = Path("runs")
     num_threads: NonNegativeInt = 0
     device: str = "auto"

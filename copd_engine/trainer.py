@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,35 @@ from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
 from copd_engine.data import DataStream, load_examples
 from copd_engine.diagnostics import compare_branches
-from copd_engine.evaluate import Accuracy, average, evaluate, verify
+from copd_engine.evaluate import Accuracy, evaluate, verify
 from copd_engine.merge import merge
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
 from copd_engine.models.base import Policy
 from copd_engine.models.loading import load_model
 from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+from copd_engine.result import accuracy_row, load_parameters, result_row, save_model, sorted_rows
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest, UserError
 
 MAX_SKIPPED_IN_A_ROW = 10
-#: Order of the result table.
-ROW_KINDS = ("base", "expert", "baseline", "branch", "merged")
 SAMPLES_PER_DOMAIN = 3
+#: Name and kind of the model a method ends with.
+MERGED_LABELS = {
+    "copd": ("merged", "merged"),
+    "expert": ("average of experts", "baseline"),
+    "mixed": ("mixed RLVR", "baseline"),
+}
 
 
 class Trainer:
     """One run of one method. Builds everything from the config; :meth:`run` trains to the end or from a checkpoint."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, command: str = "") -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, command: str = "", bar_position: int = 0) -> None:
         self.config = config
         self.run_dir = run_dir
         self._command = command
+        self._bar_position = bar_position
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         self.schedule = Schedule(config)
         self._examples = {
@@ -89,16 +95,17 @@ class Trainer:
         self._held_out = {name: [self._encode(e) for e in rows[:count]] for name, rows in held_out.items()}
         self._probes = self._probe_requests()
         self._rollouts_drawn: dict[str, int] = defaultdict(int)
+        self._equal_steps_rows: list[dict[str, Any]] = []
         self._last_checkpoint: Path | None = None
         self._elapsed_before = 0.0
         self._started = time.perf_counter()
 
     # The run
 
-    def run(self, baseline_rows: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def run(self, baseline_rows: Callable[[], list[dict[str, Any]]] = list) -> dict[str, Any]:
         """Train from the newest checkpoint, or from the start; returns what ``result.json`` holds.
 
-        ``baseline_rows``: rows of other runs for the result's table.
+        ``baseline_rows`` is called at the end and gives rows of other runs for the result's table.
         """
         run_folder.claim(self.run_dir, self.config)
         done, first = self._resume(), 1
@@ -115,6 +122,7 @@ class Trainer:
                 total=self.schedule.num_steps,
                 unit="step",
                 dynamic_ncols=True,
+                position=self._bar_position,
                 mininterval=1.0,
             )
             checkpoint_s = 0.0
@@ -129,6 +137,8 @@ class Trainer:
                 if record["evaluate"]:
                     tqdm.write(_accuracy_line(self.config.method, record))
                 self._stop_if_diverged()
+                if step == self.schedule.equal_steps:
+                    self._equal_steps_rows = self._merged_rows(", equal steps")
                 begin = time.perf_counter()
                 if _due(step, self.config.checkpoint.every) or step == self.schedule.num_steps:
                     self._save(step)
@@ -325,6 +335,7 @@ class Trainer:
         state = {
             "streams": {"/".join(key): stream.state_dict() for key, stream in self._streams.items()},
             "rollouts_drawn": dict(self._rollouts_drawn),
+            "equal_steps_rows": self._equal_steps_rows,
             "elapsed_s": self._elapsed(),
         }
         folder = self.run_dir / run_folder.CHECKPOINTS
@@ -349,6 +360,7 @@ class Trainer:
         for key, stream in self._streams.items():
             stream.load_state_dict(state["streams"]["/".join(key)])
         self._rollouts_drawn.update(state["rollouts_drawn"])
+        self._equal_steps_rows = state["equal_steps_rows"]
         self._elapsed_before = state["elapsed_s"]
         for name, branch in self.branches.items():
             self.engine.sync(name, branch.parameters, branch.version)
@@ -363,32 +375,18 @@ class Trainer:
                     f"stopped. Last checkpoint: {self._last_checkpoint or 'none'}"
                 )
 
-    def _finish(self, baseline_rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _finish(self, baseline_rows: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
         """Evaluate, merge, save in Hugging Face format, write ``result.json``."""
         train_s = self._elapsed()
-        models: list[tuple[str, str, Policy, int]] = [("base", "base", self.base, 0)]
-        expert = self.config.method == "expert"
-        for name, branch in self.branches.items():
-            label = f"expert:{name}" if expert else "mixed RLVR" if name == MIXED else f"branch:{name}"
-            kind = "expert" if expert else "baseline" if name == MIXED else "branch"
-            models.append((label, kind, branch.policy, self._rollouts_drawn[name]))
-        if len(self.branches) > 1:
-            merged = self.base.clone()
-            load_parameters(merged, self.merged_parameters())
-            label = "average of experts" if expert else "merged"
-            models.append((label, "baseline" if expert else "merged", merged, sum(self._rollouts_drawn.values())))
-        rows = []
-        for label, kind, policy, rollouts in models:
-            engine = EmbeddedEngine({label: policy}, self.encoder)
-            accuracies, samples = self._evaluate_one(engine, label, self.config.eval.final_num_prompts)
-            rows.append(result_row(label, kind, accuracies, rollouts))
-            if kind in ("merged", "baseline"):
-                self._keep_samples(self.schedule.num_steps, label, samples)
-            if kind != "base":
-                save_model(policy, self.encoder, self.run_dir / "models" / label.replace(":", "-").replace(" ", "-"))
+        rows = [self._row("base", "base", self.base, 0)]
+        if self.config.method != "mixed":
+            kind = "expert" if self.config.method == "expert" else "branch"
+            for name, branch in self.branches.items():
+                rows.append(self._row(f"{kind}:{name}", kind, branch.policy, self._rollouts_drawn[name]))
+        rows += self._merged_rows()
         result = {
             "domains": list(self._held_out),
-            "rows": sorted([*rows, *baseline_rows], key=lambda row: ROW_KINDS.index(row["kind"])),
+            "rows": sorted_rows([*rows, *self._equal_steps_rows, *baseline_rows()]),
             "command": self._command,
             "machine": run_folder.machine(),
             "date": run_folder.today(),
@@ -401,6 +399,29 @@ class Trainer:
         }
         run_folder.write_json(self.run_dir / run_folder.RESULT, result)
         return result
+
+    def _merged_rows(self, suffix: str = "") -> list[dict[str, Any]]:
+        """The row of the model that the run is for: the merge of its branches, or the one model of mixed RLVR."""
+        label, kind = MERGED_LABELS[self.config.method]
+        rollouts = sum(self._rollouts_drawn.values())
+        if len(self.branches) == 1:
+            if self.config.method != "mixed":
+                return []
+            return [self._row(label + suffix, kind, self.branches[MIXED].policy, rollouts)]
+        merged = self.base.clone()
+        load_parameters(merged, self.merged_parameters())
+        return [self._row(label + suffix, kind, merged, rollouts)]
+
+    def _row(self, label: str, kind: str, policy: Policy, rollouts: int) -> dict[str, Any]:
+        """Evaluate a model, keep some samples, save it unless it is the base."""
+        engine = EmbeddedEngine({label: policy}, self.encoder)
+        accuracies, samples = self._evaluate_one(engine, label, self.config.eval.final_num_prompts)
+        if label in dict(MERGED_LABELS.values()):
+            self._keep_samples(self.schedule.num_steps, label, samples)
+        if kind != "base":
+            folder = label.replace(",", "").replace(":", "-").replace(" ", "-")
+            save_model(policy, self.encoder, self.run_dir / "models" / folder)
+        return result_row(label, kind, accuracies, rollouts)
 
     def merged_parameters(self) -> dict[str, torch.Tensor]:
         branches = {
@@ -427,36 +448,6 @@ class _Timer:
             yield
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
-
-
-def load_parameters(policy: Policy, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy named tensors into a policy of the same shape."""
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters().items():
-            parameter.copy_(tensors[name])
-
-
-def save_model(policy: Policy, encoder: Any, folder: Path) -> None:
-    """Model, tokenizer and processor in Hugging Face format; plain transformers loads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    policy.save(folder)
-    encoder.save(folder)
-
-
-def result_row(model: str, kind: str, accuracies: dict[str, Accuracy], rollouts: int) -> dict[str, Any]:
-    overall = average(accuracies)
-    return {
-        "model": model,
-        "kind": kind,
-        "accuracy": {**{name: a.mean for name, a in accuracies.items()}, "average": overall.mean},
-        "stderr": {**{name: a.stderr for name, a in accuracies.items()}, "average": overall.stderr},
-        "num_prompts": overall.num_prompts,
-        "rollouts": rollouts,
-    }
-
-
-def accuracy_row(accuracies: dict[str, Accuracy]) -> dict[str, float]:
-    return {**{name: a.mean for name, a in accuracies.items()}, "average": average(accuracies).mean}
 
 
 def _rewarded(rollout: Rollout) -> Rollout:

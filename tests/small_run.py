@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import yaml
 
-from copd_engine.cli import run_with_baselines
 from copd_engine.config import RunConfig, build_config
 from copd_engine.metrics import read_metrics
+from copd_engine.result import save_model
+from copd_engine.runs import run_with_baselines
 from copd_engine.testbed.tasks import DOMAINS, testbed_examples
-from copd_engine.trainer import save_model
 from tests.helpers import tiny_model
 
 NUM_ROWS = 16

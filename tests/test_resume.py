@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 import copd_engine.report
-from copd_engine import checkpoint, cli, run_folder, trainer
+from copd_engine import checkpoint, cli, run_folder, runs, trainer
 from copd_engine.checkpoint import MANIFEST, complete_checkpoints, read_manifest
 from copd_engine.config import RunConfig, build_config
 from copd_engine.data import DataStream
@@ -236,7 +236,7 @@ def test_a_damaged_newest_checkpoint(
             return super().step(plan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "Trainer", Watched)
+        patch.setattr(runs, "Trainer", Watched)
         train(config)
     assert first[0] == 4 - damaged
     assert numbers(run_dir) == numbers(undisturbed)

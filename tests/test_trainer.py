@@ -22,6 +22,7 @@ from copd_engine.data import load_examples
 from copd_engine.metrics import read_metrics
 from copd_engine.models.loading import load_model
 from copd_engine.packing import pack
+from copd_engine.runs import resolve
 from copd_engine.testbed.tasks import DOMAINS
 from copd_engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from copd_engine.types import Rollout, UserError
@@ -54,7 +55,9 @@ def test_rows_of_the_result(run: Path) -> None:
         ("expert:image", "expert"),
         ("expert:video", "expert"),
         ("average of experts", "baseline"),
+        ("average of experts, equal steps", "baseline"),
         ("mixed RLVR", "baseline"),
+        ("mixed RLVR, equal steps", "baseline"),
         ("branch:text", "branch"),
         ("branch:image", "branch"),
         ("branch:video", "branch"),
@@ -358,7 +361,8 @@ def test_a_run_that_diverges_before_its_first_checkpoint(
 
 def test_the_run_folder_holds_the_resolved_config(run: Path, material: tuple[Path, Path]) -> None:
     config = build_config(small_config(*material, run.parent, baselines=["expert", "mixed"]))
-    assert load_config(run / "config.yaml") == config
+    assert load_config(run / "config.yaml") == resolve(config)
+    assert resolve(config).rollout.engine == "embedded"
     baseline = yaml.safe_load((run / "baselines/expert/config.yaml").read_text())
     assert (baseline["method"], baseline["baselines"]) == ("expert", [])
     assert Schedule(load_config(run / "baselines/expert/config.yaml")).num_steps == 8

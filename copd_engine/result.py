@@ -1,0 +1,51 @@
+"""Rows of the result table, and models on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from copd_engine.evaluate import Accuracy, average
+from copd_engine.models.base import Policy, PromptEncoder
+
+#: Order of the result table.
+ROW_KINDS = ("base", "expert", "baseline", "branch", "merged")
+
+
+def result_row(model: str, kind: str, accuracies: Mapping[str, Accuracy], rollouts: int) -> dict[str, Any]:
+    """One row of ``result.json``; ``rollouts`` were drawn to train the model."""
+    overall = average(accuracies)
+    return {
+        "model": model,
+        "kind": kind,
+        "accuracy": accuracy_row(accuracies),
+        "stderr": {**{name: a.stderr for name, a in accuracies.items()}, "average": overall.stderr},
+        "num_prompts": overall.num_prompts,
+        "rollouts": rollouts,
+    }
+
+
+def accuracy_row(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
+    """Mean accuracy per domain and their average."""
+    return {**{name: a.mean for name, a in accuracies.items()}, "average": average(accuracies).mean}
+
+
+def sorted_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: ROW_KINDS.index(row["kind"]))
+
+
+def load_parameters(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy named tensors into a policy of the same shape."""
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters().items():
+            parameter.copy_(tensors[name])
+
+
+def save_model(policy: Policy, encoder: PromptEncoder, folder: Path) -> None:
+    """Model, tokenizer and processor in Hugging Face format; plain transformers loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.save(folder)
+    encoder.save(folder)

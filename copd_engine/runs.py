@@ -1,0 +1,138 @@
+"""A run with its baselines: each in its own folder, one after the other or side by side, nothing trained twice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from copd_engine import report, run_folder
+from copd_engine.config import RunConfig
+from copd_engine.trainer import Trainer
+from copd_engine.types import UserError
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The config with every ``auto`` settled for this machine; this is what is saved with the run."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rollout = config.rollout.model_copy(update={"engine": "embedded"})
+    threads = config.num_threads or len(os.sched_getaffinity(0))
+    return config.model_copy(update={"device": device, "rollout": rollout, "num_threads": threads})
+
+
+def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+    """Train the config's baselines and its method; returns the result with the rows of all.
+
+    What is finished is not trained again. With ``overwrite`` the old run is deleted, but only after data and model of
+    the new one were read without an error. Raises UserError for bad input, for a folder that holds another run, and
+    while another process trains in it.
+    """
+    config = resolve(config)
+    if not overwrite:
+        run_folder.check(run_dir, config)
+        finished = run_dir / run_folder.RESULT
+        if finished.is_file():
+            result: dict[str, Any] = json.loads(finished.read_text())
+            if not (run_dir / "report.html").is_file():
+                report.write_report(run_dir)
+            return result
+    trainer = Trainer(config, run_dir, command)
+    if overwrite and (run_dir / run_folder.CONFIG).is_file():
+        shutil.rmtree(run_dir)
+    run_folder.claim(run_dir, config)
+    with _lock(run_dir):
+        baselines = [
+            (config.model_copy(update={"method": method, "baselines": ()}), run_dir / "baselines" / method)
+            for method in config.baselines
+        ]
+        todo = [(settings, folder) for settings, folder in baselines if not (folder / run_folder.RESULT).is_file()]
+        children = []
+        if config.parallel_baselines:
+            children = [_Child(settings, folder, command, row) for row, (settings, folder) in enumerate(todo, 1)]
+        else:
+            for settings, folder in todo:
+                Trainer(settings, folder, command).run()
+
+        def baseline_rows() -> list[dict[str, Any]]:
+            for child in children:
+                child.join()
+            results = [json.loads((folder / run_folder.RESULT).read_text()) for _, folder in baselines]
+            return [row for result in results for row in result["rows"] if row["kind"] != "base"]
+
+        try:
+            result = trainer.run(baseline_rows)
+        finally:
+            for child in children:
+                child.stop()
+    report.write_report(run_dir)
+    return result
+
+
+class _Child:
+    """A baseline in a process of its own. It ends with its parent, however that ends."""
+
+    def __init__(self, config: RunConfig, folder: Path, command: str, bar_position: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._method = config.method
+        self._error, error = context.Pipe(duplex=False)
+        arguments = (config.model_dump_json(), folder, command, bar_position, error)
+        self._process = context.Process(target=_train_in_child, args=arguments, daemon=True)
+        self._process.start()
+        error.close()
+
+    def join(self) -> None:
+        """Wait for its end; UserError with what it reported."""
+        try:
+            message = self._error.recv()
+        except EOFError:
+            message = None
+        self._process.join()
+        if message is not None:
+            raise UserError(f"baseline {self._method!r}: {message}")
+        if self._process.exitcode:
+            raise RuntimeError(f"baseline {self._method!r} ended with exit code {self._process.exitcode}")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _train_in_child(config: str, folder: Path, command: str, bar_position: int, error: Connection) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def end_with_parent() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        Trainer(RunConfig.model_validate_json(config), folder, command, bar_position).run()
+    except UserError as problem:
+        error.send(str(problem))
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """One process at a time trains in a folder; the lock ends with the process."""
+    with (run_dir / run_folder.CONFIG).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {run_dir}; wait for it, or choose another name=..."
+            ) from None
+        yield
