@@ -88,7 +88,7 @@ EXTRAS = {
     "llm": ["gguf", "accelerate", "reasoning-gym", "math-verify"],
     "tensorboard": ["tensorboard"],
     "gpu": ["triton", "flash-attn", "liger-kernel", "nvidia-ml-py"],
-    "sglang": ["sglang"],
+    "sglang": ["sglang>=0.5.21,<0.5.24"],
     "dev": [
         "pytest",
         "pytest-timeout",

@@ -100,7 +100,7 @@ def compare_packing(trainer: Trainer, repeats: int = 5) -> dict[str, float]:
     plan = trainer.schedule.plan(1)
     name = plan.assignments[-1].student
     branch = trainer.branches[name]
-    [(_, rollouts)] = trainer.roll_out(plan, name)
+    [(_, rollouts)] = trainer.steps.roll_out(plan, name)
     weight = 1.0 / len(rollouts)
     shared = [TrainSample(rollout, "grpo", weight, advantage=1.0) for rollout in rollouts]
     repeated = [replace(sample, rollout=_with_own_prompt(sample.rollout)) for sample in shared]

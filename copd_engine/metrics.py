@@ -34,7 +34,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
     "media": ["media/abc.png"]}``; paths are relative to the run folder, a video is stored as a filmstrip.
 ``result.json``
     Written once, at the end: ``{"domains": [s], "rows": [{"model": s, "kind": "base|expert|baseline|branch|merged",
-    "accuracy": {domain: x, "average": x}, "stderr": {...}, "num_prompts": n, "rollouts": n}], "command": s,
+    "accuracy": {domain: x, "average": x}, "stderr": {...}, "num_prompts": n per domain, "rollouts": n}], "command": s,
     "machine": s, "date": "2026-11-23", "versions": {package: version}, "train_s": x, "peak_rss_bytes": n, "seed": n,
     "method": s}``.
 ``baselines/<method>/``

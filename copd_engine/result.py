@@ -16,14 +16,14 @@ ROW_KINDS = ("base", "expert", "baseline", "branch", "merged")
 
 
 def result_row(model: str, kind: str, accuracies: Mapping[str, Accuracy], rollouts: int) -> dict[str, Any]:
-    """One row of ``result.json``; ``rollouts`` were drawn to train the model."""
+    """One row of ``result.json``; ``rollouts`` were drawn to train the model, ``num_prompts`` is that of a domain."""
     overall = average(accuracies)
     return {
         "model": model,
         "kind": kind,
         "accuracy": accuracy_row(accuracies),
         "stderr": {**{name: a.stderr for name, a in accuracies.items()}, "average": overall.stderr},
-        "num_prompts": overall.num_prompts,
+        "num_prompts": min(a.num_prompts for a in accuracies.values()),
         "rollouts": rollouts,
     }
 

@@ -1,18 +1,14 @@
 """The training loop: executes a schedule's steps, whatever method made them.
 
-One step (``design.md``): plan, prompts, rollouts, rewards, teacher scores, updates, sync, diagnostics, checkpoint.
-All rollouts and teacher scores of a step are taken before any branch is updated: teachers stand as they are at the
-start of the step.
+What a step does to the branches stands in ``step.py``; here it is planned, measured, logged and saved.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +16,21 @@ import torch
 from tqdm import tqdm
 
 from copd_engine import checkpoint, run_folder
-from copd_engine.algorithms import MIXED, Assignment, Schedule, StepPlan
+from copd_engine.algorithms import MIXED, Schedule, StepPlan
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
 from copd_engine.data import DataStream, load_examples
 from copd_engine.diagnostics import compare_branches
-from copd_engine.evaluate import Accuracy, evaluate, verify
+from copd_engine.evaluate import Accuracy, evaluate
 from copd_engine.merge import merge
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
 from copd_engine.models.base import Policy
 from copd_engine.models.loading import load_model
-from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
 from copd_engine.result import accuracy_row, load_parameters, result_row, save_model, sorted_rows
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
-from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest, UserError
+from copd_engine.step import StepRunner, Timer, derive_seed, encode
+from copd_engine.types import Rollout, RolloutRequest, UserError
 
 MAX_SKIPPED_IN_A_ROW = 10
 SAMPLES_PER_DOMAIN = 3
@@ -56,7 +52,7 @@ class Trainer:
         self._bar_position = bar_position
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         self.schedule = Schedule(config)
-        self._examples = {
+        examples = {
             branch.name: load_examples(branch.data, "train", f"branches.{index}.data")
             for index, branch in enumerate(config.branches)
         }
@@ -85,16 +81,18 @@ class Trainer:
             for name in self.schedule.students
         }
         self.engine = EmbeddedEngine({name: branch.policy for name, branch in self.branches.items()}, self.encoder)
-        self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
-        self._streams = {
-            (student, source): DataStream(self._examples[source], _seed(config.seed, "stream", student, source))
+        streams = {
+            (student, source): DataStream(examples[source], derive_seed(config.seed, "stream", student, source))
             for student in self.schedule.students
             for source in config.branch_names
         }
+        self.steps = StepRunner(config, self.branches, self.engine, self.encoder, streams)
         count = config.eval.final_num_prompts
-        self._held_out = {name: [self._encode(e) for e in rows[:count]] for name, rows in held_out.items()}
+        self._held_out = {
+            name: [encode(self.encoder, e, config.rollout.max_prompt_tokens) for e in rows[:count]]
+            for name, rows in held_out.items()
+        }
         self._probes = self._probe_requests()
-        self._rollouts_drawn: dict[str, int] = defaultdict(int)
         self._equal_steps_rows: list[dict[str, Any]] = []
         self._last_checkpoint: Path | None = None
         self._elapsed_before = 0.0
@@ -148,33 +146,8 @@ class Trainer:
     def step(self, plan: StepPlan) -> dict[str, Any]:
         """One optimizer step of every branch; returns its metrics record."""
         begin = time.perf_counter()
-        timer = _Timer()
-        per_branch: dict[str, dict[str, Any]] = {}
-        drawn: dict[str, list[tuple[Assignment, list[Rollout]]]] = {}
-        for student in self.branches:
-            with timer("rollout"):
-                drawn[student] = self.roll_out(plan, student)
-            with timer("verify"):
-                drawn[student] = [(a, [_rewarded(r) for r in rollouts]) for a, rollouts in drawn[student]]
-        samples: dict[str, list[TrainSample]] = {}
-        for student, batches in drawn.items():
-            per_branch[student] = {"rollout": {}}
-            samples[student] = []
-            for assignment, rollouts in batches:
-                if assignment.teacher is None:
-                    kept, stats = self._native_samples(assignment, rollouts)
-                    per_branch[student]["rollout"][assignment.source] = stats
-                else:
-                    with timer("teacher"):
-                        kept = self._cross_samples(assignment, rollouts)
-                    per_branch[student]["rollout"][assignment.source] = _rollout_stats(rollouts)
-                samples[student] += kept
-        for student, branch in self.branches.items():
-            with timer("update"):
-                per_branch[student] |= branch.update(samples[student])
-        with timer("sync"):
-            for student, branch in self.branches.items():
-                self.engine.sync(student, branch.parameters, branch.version)
+        timer = Timer()
+        per_branch = self.steps.run(plan, timer)
         record: dict[str, Any] = {
             "step": plan.step,
             "cycle": plan.cycle,
@@ -195,94 +168,16 @@ class Trainer:
         record["system"] = system_stats()
         return record
 
-    # Parts of a step
-
-    def roll_out(self, plan: StepPlan, student: str) -> list[tuple[Assignment, list[Rollout]]]:
-        """All of a student's assignments in one call of the engine."""
-        assignments = plan.of(student)
-        requests: list[RolloutRequest] = []
-        counts = []
-        group = 0
-        for assignment in assignments:
-            examples = self._streams[student, assignment.source].take(assignment.num_prompts)
-            for number, example in enumerate(examples):
-                prompt = self._encode(example)
-                for member in range(self.config.rollout.group_size):
-                    # Not the running group: the order of branches in the config must not change what is drawn.
-                    seed = _seed(self.config.seed, "rollout", plan.step, student, assignment.source, number, member)
-                    requests.append(RolloutRequest(prompt, seed, group))
-                group += 1
-            counts.append(len(examples) * self.config.rollout.group_size)
-        rollouts = self.engine.generate(student, requests, self.sampling)
-        self._rollouts_drawn[student] += len(rollouts)
-        for rollout in rollouts:
-            if rollout.weight_version != self.branches[student].version:
-                raise RuntimeError(
-                    f"the engine sampled with version {rollout.weight_version} of {student!r}, "
-                    f"the trainer is at {self.branches[student].version}"
-                )
-        split: list[tuple[Assignment, list[Rollout]]] = []
-        for assignment, count in zip(assignments, counts, strict=True):
-            split.append((assignment, rollouts[:count]))
-            rollouts = rollouts[count:]
-        return split
-
-    def _native_samples(
-        self, assignment: Assignment, rollouts: Sequence[Rollout]
-    ) -> tuple[list[TrainSample], dict[str, float]]:
-        """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded."""
-        objective = self.config.objective
-        advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
-        samples = [
-            TrainSample(
-                rollout=rollout,
-                term=assignment.term,
-                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
-                advantage=advantage,
-            )
-            for rollout, advantage in zip(rollouts, advantages, strict=True)
-            if advantage != 0.0 and self._trains_on(rollout)
-        ]
-        stats = _rollout_stats(rollouts) | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
-        return samples, stats
-
-    def _cross_samples(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> list[TrainSample]:
-        """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
-        assert assignment.teacher is not None
-        kept = [rollout for rollout in rollouts if self._trains_on(rollout)]
-        return [
-            TrainSample(
-                rollout=rollout,
-                term=assignment.term,
-                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
-                teacher_logp_N=teacher_logp_N,
-                beta=self.branches[assignment.student].beta,
-            )
-            for rollout, teacher_logp_N in zip(kept, self.branches[assignment.teacher].score(kept), strict=True)
-        ]
-
-    def _trains_on(self, rollout: Rollout) -> bool:
-        return not (self.config.objective.mask_truncated and rollout.finish_reason == "length")
-
-    def _encode(self, example: Any) -> EncodedPrompt:
-        prompt = self.encoder.encode(example)
-        limit = self.config.rollout.max_prompt_tokens
-        if prompt.num_tokens > limit:
-            raise UserError(
-                f"prompt {example.uid!r} has {prompt.num_tokens} tokens, rollout.max_prompt_tokens is {limit}"
-            )
-        return prompt
-
     # Measuring
 
     def _probe_requests(self) -> list[RolloutRequest]:
         prompts = [p for rows in self._held_out.values() for p in rows[: self.config.diagnostics.num_prompts]]
-        return [RolloutRequest(p, _seed(self.config.seed, "probe", i), i) for i, p in enumerate(prompts)]
+        return [RolloutRequest(p, derive_seed(self.config.seed, "probe", i), i) for i, p in enumerate(prompts)]
 
     def _diagnose(self) -> dict[str, Any]:
         return {
             "pairs": compare_branches(
-                self.branches, self.engine, self._probes, self.sampling, self.config.diagnostics.top_k
+                self.branches, self.engine, self._probes, self.steps.sampling, self.config.diagnostics.top_k
             )
         }
 
@@ -320,7 +215,7 @@ class Trainer:
         self, engine: EmbeddedEngine, expert: str, num_prompts: int
     ) -> tuple[dict[str, Accuracy], list[tuple[str, Rollout, float]]]:
         prompts = {name: rows[:num_prompts] for name, rows in self._held_out.items()}
-        return evaluate(engine, expert, prompts, self.sampling, _seed(self.config.seed, "eval"))
+        return evaluate(engine, expert, prompts, self.steps.sampling, derive_seed(self.config.seed, "eval"))
 
     def _keep_samples(self, step: int, model: str, samples: Sequence[tuple[str, Rollout, float]]) -> None:
         kept: dict[str, int] = defaultdict(int)
@@ -333,8 +228,8 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         state = {
-            "streams": {"/".join(key): stream.state_dict() for key, stream in self._streams.items()},
-            "rollouts_drawn": dict(self._rollouts_drawn),
+            "streams": {"/".join(key): stream.state_dict() for key, stream in self.steps.streams.items()},
+            "rollouts_drawn": dict(self.steps.rollouts_drawn),
             "equal_steps_rows": self._equal_steps_rows,
             "elapsed_s": self._elapsed(),
         }
@@ -357,13 +252,12 @@ class Trainer:
             newest == checkpoint.complete_checkpoints(folder)[-1]
         ):  # else a newer one is damaged, and the older ones stay
             checkpoint.prune(folder, self.config.checkpoint.keep)
-        for key, stream in self._streams.items():
+        for key, stream in self.steps.streams.items():
             stream.load_state_dict(state["streams"]["/".join(key)])
-        self._rollouts_drawn.update(state["rollouts_drawn"])
+        self.steps.rollouts_drawn.update(state["rollouts_drawn"])
         self._equal_steps_rows = state["equal_steps_rows"]
         self._elapsed_before = state["elapsed_s"]
-        for name, branch in self.branches.items():
-            self.engine.sync(name, branch.parameters, branch.version)
+        self.steps.sync()
         run_folder.drop_later_samples(self.run_dir, step, self.branches)
         return step
 
@@ -382,7 +276,7 @@ class Trainer:
         if self.config.method != "mixed":
             kind = "expert" if self.config.method == "expert" else "branch"
             for name, branch in self.branches.items():
-                rows.append(self._row(f"{kind}:{name}", kind, branch.policy, self._rollouts_drawn[name]))
+                rows.append(self._row(f"{kind}:{name}", kind, branch.policy, self.steps.rollouts_drawn[name]))
         rows += self._merged_rows()
         result = {
             "domains": list(self._held_out),
@@ -403,7 +297,7 @@ class Trainer:
     def _merged_rows(self, suffix: str = "") -> list[dict[str, Any]]:
         """The row of the model that the run is for: the merge of its branches, or the one model of mixed RLVR."""
         label, kind = MERGED_LABELS[self.config.method]
-        rollouts = sum(self._rollouts_drawn.values())
+        rollouts = sum(self.steps.rollouts_drawn.values())
         if len(self.branches) == 1:
             if self.config.method != "mixed":
                 return []
@@ -433,40 +327,6 @@ class Trainer:
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.perf_counter() - self._started
-
-
-class _Timer:
-    """Seconds by part of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
-
-
-def _rewarded(rollout: Rollout) -> Rollout:
-    return rollout.with_reward(verify(rollout))
-
-
-def _rollout_stats(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    count = len(rollouts)
-    return {
-        "reward_mean": sum(r.reward for r in rollouts) / count,
-        "response_tokens_mean": sum(r.num_tokens for r in rollouts) / count,
-        "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / count,
-        "num_rollouts": count,
-    }
-
-
-def _seed(*parts: object) -> int:
-    """A 63-bit seed from what it is for; independent of order and process."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _due(step: int, every: int) -> bool:
@@ -519,4 +379,4 @@ def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:
     }
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
     engine = EmbeddedEngine({"model": policy}, encoder)
-    return evaluate(engine, "model", prompts, sampling, _seed(config.seed, "eval"))[0]
+    return evaluate(engine, "model", prompts, sampling, derive_seed(config.seed, "eval"))[0]

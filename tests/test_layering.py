@@ -32,6 +32,7 @@ LEVELS = {
     "copd_engine.algorithms": 3,
     "copd_engine.evaluate": 3,
     "copd_engine.result": 3.5,
+    "copd_engine.step": 3.5,
     "copd_engine.trainer": 4,
     "copd_engine.distributed": 4,
     "copd_engine.testbed.build": 4,

@@ -1,0 +1,187 @@
+"""One optimizer step of every branch: rollouts, rewards, teacher scores, updates, sync.
+
+All rollouts and teacher scores of a step are taken before any branch is updated: teachers stand as they are at the
+start of the step, so the result does not depend on the order of branches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from copd_engine.algorithms import Assignment, StepPlan
+from copd_engine.branch import Branch
+from copd_engine.config import RunConfig
+from copd_engine.data import DataStream
+from copd_engine.evaluate import verify
+from copd_engine.models.base import PromptEncoder
+from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+from copd_engine.rollout.base import RolloutEngine, Sampling
+from copd_engine.types import EncodedPrompt, Example, Rollout, RolloutRequest, UserError
+
+
+class Timer:
+    """Seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
+
+
+class StepRunner:
+    """Executes plans. ``streams`` holds the prompts of each (student, source); ``rollouts_drawn`` counts by student."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        branches: Mapping[str, Branch],
+        engine: RolloutEngine,
+        encoder: PromptEncoder,
+        streams: Mapping[tuple[str, str], DataStream],
+    ) -> None:
+        self.config = config
+        self.branches = branches
+        self.engine = engine
+        self.encoder = encoder
+        self.streams = streams
+        self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
+        self.rollouts_drawn: dict[str, int] = defaultdict(int)
+
+    def run(self, plan: StepPlan, timer: Timer) -> dict[str, dict[str, Any]]:
+        """Execute ``plan``; returns the metrics of each branch."""
+        per_branch: dict[str, dict[str, Any]] = {}
+        drawn: dict[str, list[tuple[Assignment, list[Rollout]]]] = {}
+        for student in self.branches:
+            with timer("rollout"):
+                drawn[student] = self.roll_out(plan, student)
+            with timer("verify"):
+                drawn[student] = [(a, [r.with_reward(verify(r)) for r in rollouts]) for a, rollouts in drawn[student]]
+        samples: dict[str, list[TrainSample]] = {}
+        for student, batches in drawn.items():
+            per_branch[student] = {"rollout": {}}
+            samples[student] = []
+            for assignment, rollouts in batches:
+                if assignment.teacher is None:
+                    kept, stats = self._native_samples(assignment, rollouts)
+                    per_branch[student]["rollout"][assignment.source] = stats
+                else:
+                    with timer("teacher"):
+                        kept = self._cross_samples(assignment, rollouts)
+                    per_branch[student]["rollout"][assignment.source] = _rollout_stats(rollouts)
+                samples[student] += kept
+        for student, branch in self.branches.items():
+            with timer("update"):
+                per_branch[student] |= branch.update(samples[student])
+        with timer("sync"):
+            self.sync()
+        return per_branch
+
+    def sync(self) -> None:
+        """Give the engine every branch's weights and version."""
+        for name, branch in self.branches.items():
+            self.engine.sync(name, branch.parameters, branch.version)
+
+    def roll_out(self, plan: StepPlan, student: str) -> list[tuple[Assignment, list[Rollout]]]:
+        """All of a student's assignments in one call of the engine."""
+        assignments = plan.of(student)
+        requests: list[RolloutRequest] = []
+        counts = []
+        group = 0
+        for assignment in assignments:
+            examples = self.streams[student, assignment.source].take(assignment.num_prompts)
+            for number, example in enumerate(examples):
+                prompt = encode(self.encoder, example, self.config.rollout.max_prompt_tokens)
+                for member in range(self.config.rollout.group_size):
+                    # Not the running group: the order of branches in the config must not change what is drawn.
+                    seed = derive_seed(
+                        self.config.seed, "rollout", plan.step, student, assignment.source, number, member
+                    )
+                    requests.append(RolloutRequest(prompt, seed, group))
+                group += 1
+            counts.append(len(examples) * self.config.rollout.group_size)
+        rollouts = self.engine.generate(student, requests, self.sampling)
+        self.rollouts_drawn[student] += len(rollouts)
+        for rollout in rollouts:
+            if rollout.weight_version != self.branches[student].version:
+                raise RuntimeError(
+                    f"the engine sampled with version {rollout.weight_version} of {student!r}, "
+                    f"the trainer is at {self.branches[student].version}"
+                )
+        split: list[tuple[Assignment, list[Rollout]]] = []
+        for assignment, count in zip(assignments, counts, strict=True):
+            split.append((assignment, rollouts[:count]))
+            rollouts = rollouts[count:]
+        return split
+
+    def _native_samples(
+        self, assignment: Assignment, rollouts: Sequence[Rollout]
+    ) -> tuple[list[TrainSample], dict[str, float]]:
+        """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded."""
+        objective = self.config.objective
+        advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
+        samples = [
+            TrainSample(
+                rollout=rollout,
+                term=assignment.term,
+                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
+                advantage=advantage,
+            )
+            for rollout, advantage in zip(rollouts, advantages, strict=True)
+            if advantage != 0.0 and self._trains_on(rollout)
+        ]
+        stats = _rollout_stats(rollouts) | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
+        return samples, stats
+
+    def _cross_samples(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> list[TrainSample]:
+        """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
+        assert assignment.teacher is not None
+        kept = [rollout for rollout in rollouts if self._trains_on(rollout)]
+        return [
+            TrainSample(
+                rollout=rollout,
+                term=assignment.term,
+                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
+                teacher_logp_N=teacher_logp_N,
+                beta=self.branches[assignment.student].beta,
+            )
+            for rollout, teacher_logp_N in zip(kept, self.branches[assignment.teacher].score(kept), strict=True)
+        ]
+
+    def _trains_on(self, rollout: Rollout) -> bool:
+        return not (self.config.objective.mask_truncated and rollout.finish_reason == "length")
+
+
+def encode(encoder: PromptEncoder, example: Example, max_tokens: int) -> EncodedPrompt:
+    """Encode a prompt; UserError for one of more than ``max_tokens`` tokens."""
+    prompt = encoder.encode(example)
+    if prompt.num_tokens > max_tokens:
+        raise UserError(
+            f"prompt {example.uid!r} has {prompt.num_tokens} tokens, rollout.max_prompt_tokens is {max_tokens}"
+        )
+    return prompt
+
+
+def _rollout_stats(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    count = len(rollouts)
+    return {
+        "reward_mean": sum(r.reward for r in rollouts) / count,
+        "response_tokens_mean": sum(r.num_tokens for r in rollouts) / count,
+        "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / count,
+        "num_rollouts": count,
+    }
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from what it is for; independent of order and process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
