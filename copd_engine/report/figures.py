@@ -86,11 +86,6 @@ REWARD = Panel(
     f"{SMOOTHED} A dashed or dotted line is a baseline, smoothed the same way.",
     draw_per_branch(_own("reward_mean"), baselines=True),
 )  # fmt: skip
-OVERLAP = Panel(
-    "overlap", BETWEEN, "Top-k overlap",
-    "Share of the k likeliest tokens that two branches share, on the student's states, mean of both directions.",
-    draw_pairs("overlap"),
-)  # fmt: skip
 SUM_MIN = Panel(
     "sum_min", BETWEEN, "Σ min(p, q)",
     "Probability mass that two branches share; 1 means equal distributions.",
@@ -101,6 +96,14 @@ KL = Panel(
     "KL(p‖q) + KL(q‖p) over the full vocabulary, averaged over the student's states. Without step 0, where it is 0.",
     draw_pairs("symmetric_kl", log=True),
 )  # fmt: skip
+
+
+def overlap_panel(run: Run) -> Panel:
+    """(OVERLAP) with the run's own k."""
+    diagnostics = run.config.get("diagnostics")
+    k = diagnostics.get("top_k", "k") if isinstance(diagnostics, dict) else "k"
+    caption = f"Share of the {k} likeliest tokens that two branches share, on the student's states, both directions."
+    return Panel("overlap", BETWEEN, f"Top-{k} overlap", caption, draw_pairs("overlap"))
 
 
 def panels(run: Run) -> list[Panel]:
@@ -135,7 +138,7 @@ def panels(run: Run) -> list[Panel]:
         Panel("gpu_utilization", "Time and memory", "GPU utilisation (%)", at_end, draw_gpus("utilization_percent")),
         Panel("gpu_power", "Time and memory", "GPU power (W)", at_end, draw_gpus("power_w")),
     ]
-    return [REWARD, *accuracy, OVERLAP, SUM_MIN, KL, teachers, *health, *cost]
+    return [REWARD, *accuracy, overlap_panel(run), SUM_MIN, KL, teachers, *health, *cost]
 
 
 def draw_panel(ax: Axes, panel: Panel, run: Run) -> bool:
@@ -200,7 +203,7 @@ def draw_combined(run: Run, title: str) -> bytes:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.8, 8.48), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
         figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", color="#222222")
-        for ax, panel in zip(figure.subplots(2, 2).flat, (REWARD, OVERLAP, SUM_MIN, KL), strict=True):
+        for ax, panel in zip(figure.subplots(2, 2).flat, (REWARD, overlap_panel(run), SUM_MIN, KL), strict=True):
             draw_panel(ax, panel, run)
         return _png(figure, dpi=125)
 
