@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from copd_engine.types import UserError
+from copd_engine.types import UserError, suggest
 
 
 def _no_bool(value: Any) -> Any:
@@ -225,7 +225,7 @@ class RunConfig(_Config):
         named += [("merge.weights", name) for name in self.merge.weights or {}]
         for where, name in named:
             if name not in names:
-                raise ValueError(f"{where}: no branch is named {name!r}{_suggest(name, names)}")
+                raise ValueError(f"{where}: no branch is named {name!r}{suggest(name, names)}")
         weights = self.merge.weights
         if self.merge.method == "weighted" and set(weights or {}) != set(names):
             raise ValueError(f"merge.method 'weighted' needs merge.weights for every branch: {', '.join(names)}")
@@ -243,12 +243,6 @@ class RunConfig(_Config):
     @property
     def branch_names(self) -> tuple[str, ...]:
         return tuple(branch.name for branch in self.branches)
-
-
-def _suggest(word: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known word, else the list of the known ones."""
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(sorted(known))})"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -318,7 +312,7 @@ def _explain(error: ValidationError, data: dict[str, Any]) -> str:
     key = ".".join(loc)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(loc[:-1])
-        return f"unknown key '{key}'{_suggest(loc[-1], known)}"
+        return f"unknown key '{key}'{suggest(loc[-1], known)}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
     message, value = problem["msg"].removeprefix("Value error, "), _short(problem["input"])

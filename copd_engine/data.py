@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from copd_engine.config import DataConfig
-from copd_engine.types import Example, UserError
-from copd_engine.verifiers import get_verifier, suggest
+from copd_engine.types import Example, UserError, suggest
+from copd_engine.verifiers import get_verifier
 
 Split = Literal["train", "eval"]
 logger = logging.getLogger(__name__)

@@ -11,6 +11,8 @@ expanded for images and videos) -> :class:`Rollout` (what the policy answered) -
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,15 @@ class UserError(ValueError):
     The message says what was wrong, where, and what would be right. The CLI prints it in one line
     and exits with code 2; no traceback.
     """
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known word; a list of all where none is near and they are few."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(names)})" if len(names) <= 20 else ""
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,17 @@ cannot be scored, and ``data.py`` checks for that at load.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from copd_engine.types import Example, UserError
+from copd_engine.types import Example, UserError, suggest
 
 Verifier = Callable[[str, Example], float]
 
@@ -146,15 +145,6 @@ def extract_answer(response: str) -> str:
     if tag and "<answer>" in before:
         return before.rpartition("<answer>")[2].strip()
     return response.strip()
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known word; a list of all where none is near and they are few."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    if near:
-        return f" (did you mean {near[0]!r}?)"
-    return f" (known: {', '.join(names)})" if len(names) <= 20 else ""
 
 
 def _is_plain_formula(answer: str) -> bool:

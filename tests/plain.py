@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -18,22 +19,27 @@ def plain_model(policy: Policy) -> PreTrainedModel:
     return module
 
 
-def plain_logp(
-    plain: PreTrainedModel, prompt: EncodedPrompt, response_N: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
-    """Log-probs fp64 ``[N, V]`` of the whole vocabulary at every token of the response, with grad."""
+def plain_inputs(plain: PreTrainedModel, prompt: EncodedPrompt, response_N: torch.Tensor) -> dict[str, Any]:
+    """What transformers' own forward takes for one sample; it computes positions itself."""
     ids = torch.cat([prompt.input_ids_T, response_N])[None]
-    media = {}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if hasattr(plain.config, "image_token_id"):
         image, video = plain.config.image_token_id, plain.config.video_token_id
-        media = {
+        inputs |= {
             "mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int(),
             "pixel_values": prompt.pixel_values,
             "image_grid_thw": prompt.image_grid_thw,
             "pixel_values_videos": prompt.pixel_values_videos,
             "video_grid_thw": prompt.video_grid_thw,
         }
-    logits_TV = plain(input_ids=ids, attention_mask=torch.ones_like(ids), **media).logits[0]
+    return inputs
+
+
+def plain_logp(
+    plain: PreTrainedModel, prompt: EncodedPrompt, response_N: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probs fp64 ``[N, V]`` of the whole vocabulary at every token of the response, with grad."""
+    logits_TV = plain(**plain_inputs(plain, prompt, response_N)).logits[0]
     return torch.log_softmax(logits_TV[prompt.num_tokens - 1 : -1].double() / temperature, dim=-1)
 
 

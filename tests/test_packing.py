@@ -12,6 +12,7 @@ from copd_engine.models.base import Policy
 from copd_engine.packing import pack, split_by_tokens
 from copd_engine.types import EncodedPrompt, Example
 from tests.helpers import prompts_of_all_domains, response_of, tiny_model
+from tests.plain import plain_inputs
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +30,7 @@ def plain(model, tmp_path_factory) -> Qwen3VLForConditionalGeneration:
 
 def plain_hidden(plain, prompt: EncodedPrompt, response: torch.Tensor) -> torch.Tensor:
     """Hidden states that predict the response's tokens, one sample, transformers computes everything."""
-    ids = torch.cat([prompt.input_ids_T, response])[None]
-    image, video = plain.config.image_token_id, plain.config.video_token_id
-    output = plain.model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == image).int() + 2 * (ids == video).int(),
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.image_grid_thw,
-        pixel_values_videos=prompt.pixel_values_videos,
-        video_grid_thw=prompt.video_grid_thw,
-    )
+    output = plain.model(**plain_inputs(plain, prompt, response))
     return output.last_hidden_state[0, prompt.num_tokens - 1 : -1]
 
 

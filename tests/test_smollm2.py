@@ -112,3 +112,30 @@ def test_saves_as_a_plain_hugging_face_folder(smollm2: tuple[Any, Any], tmp_path
     assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
     chat = [{"role": "user", "content": "hi"}]
     assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
+
+
+@pytest.mark.slow
+def test_a_short_run_of_the_shipped_config(tmp_path: Path) -> None:
+    """One step of each phase on the real weights; the merged model gives the policy's logits in plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from copd_engine.config import ModelConfig, load_config
+    from copd_engine.models.loading import load_model
+    from copd_engine.packing import pack
+    from copd_engine.runs import run_with_baselines
+    from copd_engine.types import Example
+
+    short = ["schedule.rl_steps=1", "schedule.opd_steps=1", "rollout.prompts_per_step=2", "rollout.group_size=4"]
+    quiet = ["eval.num_prompts=2", "eval.final_num_prompts=2", "diagnostics.num_prompts=1", "num_threads=1"]
+    run_dir = tmp_path / "smollm2"
+    run_with_baselines(load_config("configs/smollm2.yaml", [*short, *quiet, f"output_dir={tmp_path}"]), run_dir)
+    folder = run_dir / "models" / "merged"
+    policy, encoder = load_model(ModelConfig(path=str(folder)))
+    plain = AutoModelForCausalLM.from_pretrained(folder).float()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = encoder.encode(Example("p", "What is 2 + 3?", "5", "exact"))
+    response = torch.tensor(tokenizer("It is 5.")["input_ids"])
+    with torch.no_grad():
+        own = policy.hidden_states(pack([prompt], [response])) @ policy.lm_head_weight.T
+        logits = plain(torch.cat([prompt.input_ids_T, response])[None]).logits[0, prompt.num_tokens - 1 : -1]
+    torch.testing.assert_close(own, logits, atol=2e-3, rtol=1e-4)

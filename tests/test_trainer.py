@@ -26,6 +26,7 @@ from copd_engine.runs import resolve
 from copd_engine.testbed.tasks import DOMAINS
 from copd_engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from copd_engine.types import Rollout, UserError
+from tests.plain import plain_inputs
 from tests.small_run import contents, numbers, small_config, train, write_base, write_data
 
 
@@ -154,18 +155,8 @@ def test_saved_models_load_in_plain_transformers(run: Path, material: tuple[Path
     response = torch.tensor([*encoder.tokenizer("12")["input_ids"], encoder.end_token_id])
     for branch in load_config(run / "config.yaml").branches:
         prompt = encoder.encode(load_examples(branch.data, "eval")[0])
-        ids = torch.cat([prompt.input_ids_T, response])[None]
-        image, video = plain.config.image_token_id, plain.config.video_token_id
         with torch.no_grad():
-            logits = plain(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=(ids == image).int() + 2 * (ids == video).int(),
-                pixel_values=prompt.pixel_values,
-                image_grid_thw=prompt.image_grid_thw,
-                pixel_values_videos=prompt.pixel_values_videos,
-                video_grid_thw=prompt.video_grid_thw,
-            ).logits[0, prompt.num_tokens - 1 : -1]
+            logits = plain(**plain_inputs(plain, prompt, response)).logits[0, prompt.num_tokens - 1 : -1]
             batch = pack([prompt], [response], encoder.visual_token_ids, encoder.spatial_merge_size)
             own = policy.hidden_states(batch) @ policy.lm_head_weight.T
         torch.testing.assert_close(logits, own, atol=2e-4, rtol=1e-5)
