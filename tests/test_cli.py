@@ -473,10 +473,10 @@ def test_eval_gives_the_accuracies_of_the_result(site: Site, copd: Callable[...,
     (line,) = [line for line in ended.out.splitlines() if line.startswith(folder)]
     shown = [float(value) for value in re.findall(r"([0-9.]+) ±", line)]
     assert shown == pytest.approx([100 * accuracy[key] for key in ("text", "image", "average")], abs=0.05)
-    assert "16 held-out prompts" in ended.out  # eight of each branch
+    assert "8 held-out prompts per domain" in ended.out
     wider = copd("eval", "base", "--config", "runs/small/config.yaml", "--num-prompts", "3", "seed=4")
     assert wider.code == 0
-    assert "6 held-out prompts" in wider.out
+    assert "3 held-out prompts per domain" in wider.out
     assert copd("eval", "base", "--config", "runs/small/config.yaml", "--num-prompts", "0").code == 2
 
 
