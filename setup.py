@@ -87,7 +87,7 @@ EXTRAS = {
     # they would compile llama.cpp, and only the file of weights is used.
     "llm": ["gguf", "accelerate", "reasoning-gym", "math-verify"],
     "tensorboard": ["tensorboard"],
-    "gpu": ["triton", "flash-attn", "liger-kernel", "nvidia-ml-py"],
+    "gpu": ["triton", "flash-attn", "liger-kernel"],
     "sglang": ["sglang>=0.5.21,<0.5.24"],
     "dev": [
         "pytest",
@@ -132,6 +132,7 @@ setup(
         "pillow",
         "scikit-learn",
         "psutil",
+        "nvidia-ml-py",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["copd = copd_engine.cli:main"]},

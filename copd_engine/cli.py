@@ -127,7 +127,7 @@ def _print_result(run_dir: Path, result: dict[str, Any]) -> None:
 
     typer.echo()
     typer.echo(result_table(result))
-    typer.echo(f"merged model: {run_dir / 'models'}")
+    typer.echo(f"models: {run_dir / 'models'}")
     typer.echo(f"report: {run_dir / 'report.html'}")
 
 
