@@ -70,6 +70,7 @@ class Branch:
         )
 
     def pack(self, rollouts: Sequence[Rollout]) -> PackedBatch:
+        """The rollouts in one row, on the policy's device."""
         return pack(
             [rollout.request.prompt for rollout in rollouts],
             [rollout.response_ids_N for rollout in rollouts],
@@ -160,10 +161,8 @@ class Branch:
         totals.ratio += float(result.ratio_T.sum())
         totals.mismatch += float(mismatch_N.sum())
         totals.mismatch_max = max(totals.mismatch_max, float(mismatch_N.max()))
-        surrogate_N = _surrogate(result.ratio_T.cpu(), advantage_N, self._objective)
-        for sample, loss_n, old in zip(
-            samples, (-weight_N * surrogate_N).split(lengths), old_logp_N.split(lengths), strict=True
-        ):
+        loss_N = result.loss_T.cpu()
+        for sample, loss_n, old in zip(samples, loss_N.split(lengths), old_logp_N.split(lengths), strict=True):
             term = totals.terms[sample.term]
             term["loss"] += float(loss_n.sum()) / scale
             term["num_tokens"] += len(old)
@@ -217,11 +216,6 @@ class Branch:
             "mismatch_max": totals.mismatch_max if tokens else None,
             "terms": terms,
         }
-
-
-def _surrogate(ratio_N: torch.Tensor, advantage_N: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor:
-    clipped_N = ratio_N.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    return torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
 
 
 def _split_groups(samples: Sequence[TrainSample], parts: int) -> list[list[TrainSample]]:

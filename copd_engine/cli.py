@@ -108,17 +108,26 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, e.g. runs/demo"
 @testbed_app.command("build")
 def build_testbed(
     out: Annotated[Path, typer.Argument(help="Folder for the base checkpoint; must not exist.")],
-    seed: Annotated[int, typer.Option(help="Seed of weights and data; 1 made the shipped base.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Width, a multiple of 32.")] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Give up after so many steps.")] = None,
+    band: Annotated[tuple[float, float] | None, typer.Option(help="Accuracy to end with, low and high.")] = None,
 ) -> None:
-    """Make the testbed's base checkpoint from its seed."""
+    """Make the testbed's base checkpoint from its seed. Without options: the one that ships with the project."""
     import torch
 
     from copd_engine.testbed.build import BuildSettings, build
 
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder")
+    if hidden_size is not None and (hidden_size < 32 or hidden_size % 32):
+        raise UserError(f"--hidden-size {hidden_size}: must be a multiple of 32")
     torch.set_num_threads(1)  # the numbers must not depend on how many cores the machine has
-    accuracy = build(BuildSettings(seed=seed), out)
+    given: dict[str, Any] = {
+        "seed": seed, "hidden_size": hidden_size, "num_layers": num_layers, "max_steps": max_steps, "band": band
+    }  # fmt: skip
+    accuracy = build(BuildSettings(**{key: value for key, value in given.items() if value is not None}), out)
     typer.echo(f"{out}: " + ", ".join(f"{domain} {value:.2f}" for domain, value in accuracy.items()))
 
 

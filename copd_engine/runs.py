@@ -14,22 +14,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from copd_engine import report, run_folder
 from copd_engine.config import RunConfig
-from copd_engine.trainer import Trainer
+from copd_engine.trainer import Trainer, resolve
 from copd_engine.types import UserError
-
-
-def resolve(config: RunConfig) -> RunConfig:
-    """The config with every ``auto`` settled for this machine; this is what is saved with the run."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    rollout = config.rollout.model_copy(update={"engine": "embedded"})
-    threads = config.num_threads or len(os.sched_getaffinity(0))
-    return config.model_copy(update={"device": device, "rollout": rollout, "num_threads": threads})
 
 
 def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False, command: str = "") -> dict[str, Any]:

@@ -42,15 +42,33 @@ MERGED_LABELS = {
 }
 
 
+def resolve(config: RunConfig) -> RunConfig:
+    """The config with every ``auto`` settled for this machine, as it is saved with the run.
+
+    UserError for a device that this machine does not have.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
+    rollout = config.rollout.model_copy(update={"engine": "embedded"})
+    threads = config.num_threads or len(os.sched_getaffinity(0))
+    return config.model_copy(update={"device": device, "rollout": rollout, "num_threads": threads})
+
+
 class Trainer:
     """One run of one method. Builds everything from the config; :meth:`run` trains to the end or from a checkpoint."""
 
     def __init__(self, config: RunConfig, run_dir: Path, command: str = "", bar_position: int = 0) -> None:
+        config = resolve(config)
         self.config = config
         self.run_dir = run_dir
         self._command = command
         self._bar_position = bar_position
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(config.num_threads)
         self.schedule = Schedule(config)
         examples = {
             branch.name: load_examples(branch.data, "train", f"branches.{index}.data")
@@ -61,7 +79,7 @@ class Trainer:
             for index, branch in enumerate(config.branches)
         }
         self.base, self.encoder = load_model(config.model)
-        self.base.module.to(_device(config.device))
+        self.base.module.to(config.device)
         vocab_size = len(self.base.lm_head_weight)
         if config.diagnostics.top_k > vocab_size:
             raise UserError(
@@ -248,9 +266,8 @@ class Trainer:
             return None
         step, state = checkpoint.load_checkpoint(newest, self.branches)
         self._last_checkpoint = newest
-        if (
-            newest == checkpoint.complete_checkpoints(folder)[-1]
-        ):  # else a newer one is damaged, and the older ones stay
+        # Where a newer one is damaged, the older ones stay.
+        if newest == checkpoint.complete_checkpoints(folder)[-1]:
             checkpoint.prune(folder, self.config.checkpoint.keep)
         for key, stream in self.steps.streams.items():
             stream.load_state_dict(state["streams"]["/".join(key)])
@@ -318,6 +335,7 @@ class Trainer:
         return result_row(label, kind, accuracies, rollouts)
 
     def merged_parameters(self) -> dict[str, torch.Tensor]:
+        """theta*, the merge of the branches as they are now, by Hugging Face names."""
         branches = {
             name: {key: value.detach() for key, value in branch.parameters.items()}
             for name, branch in self.branches.items()
@@ -331,17 +349,6 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device = {name!r}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _progress(record: dict[str, Any]) -> str:
@@ -368,9 +375,10 @@ def _accuracy_line(method: str, record: dict[str, Any]) -> str:
 
 def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:
     """Accuracy of ``config.model`` on the first held-out prompts of every branch."""
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    config = resolve(config)
+    torch.set_num_threads(config.num_threads)
     policy, encoder = load_model(config.model)
-    policy.module.to(_device(config.device))
+    policy.module.to(config.device)
     prompts = {
         branch.name: [
             encoder.encode(e) for e in load_examples(branch.data, "eval", f"branches.{index}.data")[:num_prompts]

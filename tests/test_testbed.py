@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from copd_engine import cli
+from copd_engine.config import ModelConfig
+from copd_engine.models.loading import load_model
 from copd_engine.models.qwen3_vl import Qwen3VLPromptEncoder
 from copd_engine.testbed import tasks
 from copd_engine.testbed.build import MAX_NEW_TOKENS, BuildSettings, _noisy, build
@@ -304,3 +310,44 @@ def test_noise_replaces_digits_alone_and_seldom():
     assert torch.isin(noisy[changed], digit_ids).all()
     # A tenth is redrawn, and one redraw in ten gives the same digit.
     assert float(changed.float().sum() / 5000) == pytest.approx(0.09, abs=0.015)
+
+
+def test_the_build_command_at_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The real command: a band that any accuracy fits ends it at the first look; the result is a model for a run."""
+    out = tmp_path / "base"
+    small = ["--hidden-size", "32", "--num-layers", "2", "--seed", "3"]
+    assert build_command(monkeypatch, str(out), *small, "--band", "0", "1") == 0
+    assert f"{out}: text " in capsys.readouterr().out
+    policy, encoder = load_model(ModelConfig(path=str(out)))
+    assert len(policy.lm_head_weight) == len(encoder.tokenizer) == 384
+    assert policy.lm_head_weight.shape[1] == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-steps", "1"], "after 1 steps not every domain is in"),
+        (["--hidden-size", "40"], "--hidden-size 40: must be a multiple of 32"),
+    ],
+)
+def test_the_build_command_that_cannot_succeed_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: list[str], message: str
+) -> None:
+    assert build_command(monkeypatch, str(tmp_path / "base"), "--num-layers", "1", *options) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("copd: ")]
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def build_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of ``copd testbed build``; fewer examples than the real build makes, all else as shipped."""
+    monkeypatch.setattr(BuildSettings, "__init__", functools.partialmethod(BuildSettings.__init__, **FEW))
+    monkeypatch.setattr("sys.argv", ["copd", "testbed", "build", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+FEW = {"num_examples": 40, "num_eval": 10, "num_confirm": 10}

@@ -11,13 +11,14 @@ from copd_kernels import _projection as projection
 
 
 class PolicyLoss(NamedTuple):
-    """The scalar loss, and per token without grad: log-prob of the target, entropy, ratio, whether the clip cut it."""
+    """The scalar loss, and per token without grad: log-prob, entropy, ratio, whether the clip cut it, its loss."""
 
     loss: torch.Tensor
     logp_T: torch.Tensor
     entropy_T: torch.Tensor
     ratio_T: torch.Tensor
     clipped_T: torch.Tensor
+    loss_T: torch.Tensor
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -38,7 +39,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
         wanted: tuple[bool, bool, bool],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         num_tokens = hidden_TD.shape[0]
         dtype = projection.statistics_dtype(hidden_TD.dtype)
         advantage_T, old_logp_T, loss_weight_T = (x.to(dtype) for x in (advantage_T, old_logp_T, loss_weight_T))
@@ -67,11 +68,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
                     gradient.add(rows, grad_CV)
         unclipped_T = ratio_T * advantage_T
         surrogate_T = torch.minimum(unclipped_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantage_T)
-        loss = -(loss_weight_T * surrogate_T).sum()
+        loss_T = -loss_weight_T * surrogate_T
         ctx.save_for_backward(gradient.hidden_TD, gradient.weight_VD, gradient.bias_V)
         ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.mark_non_differentiable(logp_T, entropy_T, ratio_T, clipped_T)
-        return loss, logp_T, entropy_T, ratio_T, clipped_T
+        ctx.mark_non_differentiable(logp_T, entropy_T, ratio_T, clipped_T, loss_T)
+        return loss_T.sum(), logp_T, entropy_T, ratio_T, clipped_T, loss_T
 
     @staticmethod
     @once_differentiable
@@ -104,9 +105,9 @@ def linear_policy_loss(
     are floating ``[T]`` without grad. The other arguments are those of :func:`copd_kernels.linear_logprob`.
 
     Returns the scalar ``loss`` in fp32 (fp64 for fp64 inputs), differentiable once with respect to hidden, weight and
-    bias, and detached ``[T]`` tensors: ``logp_T``, ``entropy_T`` and ``ratio_T`` of its dtype, ``clipped_T`` bool, True
-    where the token's gradient is cut: rho > 1 + clip_high with A > 0, or rho < 1 - clip_low with A < 0. A frozen weight
-    costs nothing. NaN in a hidden row gives a NaN loss.
+    bias, and detached ``[T]`` tensors: ``logp_T``, ``entropy_T``, ``ratio_T`` and ``loss_T`` (whose sum is the loss) of
+    its dtype, ``clipped_T`` bool, True where the token's gradient is cut: rho > 1 + clip_high with A > 0, or
+    rho < 1 - clip_low with A < 0. A frozen weight costs nothing. NaN in a hidden row gives a NaN loss.
 
     Raises ValueError on a wrong rank, size or dtype, a per-token argument that requires grad, a target outside the
     vocabulary, temperature <= 0, clip_low outside [0, 1] or clip_high < 0.

@@ -62,8 +62,9 @@ def linear_policy_loss(
     ratio_T = (logp_T - old_logp_T).exp()
     unclipped_T = ratio_T * advantage_T
     clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantage_T
-    loss = -(loss_weight_T * torch.minimum(unclipped_T, clipped_T)).sum()
-    return PolicyLoss(loss, logp_T.detach(), entropy_T.detach(), ratio_T.detach(), clipped_T < unclipped_T)
+    loss_T = -loss_weight_T * torch.minimum(unclipped_T, clipped_T)
+    per_token = (x.detach() for x in (logp_T, entropy_T, ratio_T, clipped_T < unclipped_T, loss_T))
+    return PolicyLoss(loss_T.sum(), *per_token)
 
 
 def linear_divergence(

@@ -121,6 +121,8 @@ def test_clip(ratio, advantage, cut, surrogate, randn) -> None:
     assert out.ratio_T.item() == pytest.approx(ratio)
     assert out.clipped_T.item() is cut
     assert out.loss.item() == pytest.approx(-0.5 * surrogate)
+    assert out.loss_T.tolist() == [out.loss.item()]
+    assert not out.loss_T.requires_grad
     got = torch.autograd.grad(out.loss, (hidden, weight))
     if cut or advantage == 0:
         assert all(grad.eq(0).all() for grad in got)
