@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -368,3 +369,14 @@ def test_samples_have_their_pictures(run: Path) -> None:
     for row in rows:
         assert len(row["media"]) == (row["domain"] != "text")
         assert all(name in files for name in row["media"])
+
+
+def test_auto_is_settled_for_this_machine(material: tuple[Path, Path], tmp_path: Path) -> None:
+    config = build_config(small_config(*material, tmp_path, device="auto", num_threads=0))
+    settled = resolve(config)
+    assert settled.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert settled.num_threads == len(os.sched_getaffinity(0))
+    assert settled.rollout.engine == "embedded"
+    assert resolve(settled) == settled
+    with pytest.raises(UserError, match="device = 'no_such_device'"):
+        resolve(config.model_copy(update={"device": "no_such_device"}))
