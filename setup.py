@@ -89,6 +89,9 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "gpu": ["triton", "flash-attn", "liger-kernel"],
     "sglang": ["sglang>=0.5.21,<0.5.24"],
+    # The peers of benchmarks/bench_kernels.py. verl is one too, but the Makefile installs it without its dependencies:
+    # they are ray, hydra and an older transformers, and only the file of its kernel is used.
+    "bench": ["liger-kernel", "trl", "cut-cross-entropy", "pytest", "pytest-benchmark"],
     "dev": [
         "pytest",
         "pytest-timeout",

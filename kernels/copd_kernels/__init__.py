@@ -6,11 +6,14 @@ package registers the operations with torch and opens the compiled CPU library w
 Dimension suffixes: T tokens, D hidden size, V vocabulary, B responses.
 """
 
+from copd_kernels import statistics, vocab_parallel
 from copd_kernels._library import native_available
 from copd_kernels.advantages import GroupAdvantages, group_advantages
 from copd_kernels.linear_divergence import Divergence, linear_divergence
 from copd_kernels.linear_logprob import LogProb, linear_logprob
 from copd_kernels.linear_policy_loss import PolicyLoss, linear_policy_loss
+from copd_kernels.statistics import merge_statistics
+from copd_kernels.topk_overlap import topk_overlap
 
 __all__ = [
     "Divergence",
@@ -21,5 +24,9 @@ __all__ = [
     "linear_divergence",
     "linear_logprob",
     "linear_policy_loss",
+    "merge_statistics",
     "native_available",
+    "statistics",
+    "topk_overlap",
+    "vocab_parallel",
 ]

@@ -41,9 +41,10 @@ def group_advantages(
 
     ``rewards_B`` floating ``[B]``; ``group_ids_B`` int64 ``[B]``, non-negative and non-decreasing, so that the members
     of a group are adjacent; groups may differ in size. ``mode``: ``population`` divides by the std over G, ``sample``
-    by the std over G - 1, ``none`` not at all (Dr.GRPO). Returns fp32 ``[B]`` (fp64 for fp64 rewards; sums are fp64
-    either way) and bool ``[B]``. A group of one, or of equal finite rewards, gets exactly 0. A group with a NaN or
-    infinite reward gets NaN for the members that it affects. Rewards carry no grad.
+    by the std over G - 1, ``none`` not at all (Dr.GRPO); ``rloo`` takes r - mean of the others of the group. Returns
+    fp32 ``[B]`` (fp64 for fp64 rewards; sums are fp64 either way) and bool ``[B]``. A group of one, or of equal finite
+    rewards, gets exactly 0. A group with a NaN or infinite reward gets NaN for the members that it affects. Rewards
+    carry no grad.
 
     Raises ValueError on a wrong rank, size, dtype or mode, and on group ids out of order.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from copd_kernels import _projection as projection
+from copd_kernels import _backend, _checks, _driver, statistics
+from copd_kernels._types import Head
 
 
 class LogProb(NamedTuple):
@@ -18,63 +18,92 @@ class LogProb(NamedTuple):
     lse_T: torch.Tensor
 
 
-class _LinearLogProb(torch.autograd.Function):
-    """Keeps the per-token statistics only; backward projects each chunk again."""
+@torch.library.custom_op("copd_kernels::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    target_T: torch.Tensor,
+    mask_T: torch.Tensor | None,
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    chunk_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[3, T]``: log-prob, entropy, lse; and the statistics ``[4, T]`` that backward wants."""
+    tokens = _backend.Tokens(mask_T)
+    head = tokens.head(Head(hidden_TD, weight_VD, bias_V), vocab_size, name="hidden_TD")
+    target_T = tokens.take(target_T)
+    _checks.check_target_values(target_T, vocab_size)
+    stats_4T = _backend.driver(hidden_TD.device).single_statistics(
+        head, target_T, temperature=temperature, softcap=softcap, chunk_tokens=chunk_tokens
+    )
+    return tokens.put_last(torch.stack(statistics.head_finals(stats_4T))), tokens.put_last(stats_4T)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        target_T: torch.Tensor,
-        temperature: float,
-        chunk_tokens: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        num_tokens = hidden_TD.shape[0]
-        dtype = projection.statistics_dtype(hidden_TD.dtype)
-        logp_T, entropy_T, lse_T = hidden_TD.new_empty((3, num_tokens), dtype=dtype).unbind()
-        with projection.without_autocast(hidden_TD):
-            for rows in projection.token_chunks(num_tokens, chunk_tokens):
-                logits_CV = projection.chunk_logits(hidden_TD[rows], weight_VD, bias_V, temperature)
-                lse_C = logits_CV.logsumexp(-1)
-                logp_CV = logits_CV.sub_(lse_C[:, None])
-                logp_T[rows] = logp_CV.gather(-1, target_T[rows, None]).squeeze(-1)
-                lse_T[rows] = lse_C
-                # entr(p) = -p log p, and 0 at p = 0.
-                entropy_T[rows] = torch.special.entr(logp_CV.exp_()).sum(-1)
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, entropy_T, lse_T)
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        ctx.set_materialize_grads(False)
-        return logp_T, entropy_T, lse_T
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logp_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None, grad_lse_T: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        hidden_TD, weight_VD, bias_V, target_T, entropy_T, lse_T = ctx.saved_tensors
-        zeros_T = torch.zeros_like(lse_T)
-        grad_logp_T = zeros_T if grad_logp_T is None else grad_logp_T
-        grad_lse_T = zeros_T if grad_lse_T is None else grad_lse_T
-        gradient = projection.ProjectionGradient(hidden_TD, weight_VD, ctx.temperature, ctx.needs_input_grad[:3])
-        with projection.without_autocast(hidden_TD):
-            for rows in projection.token_chunks(hidden_TD.shape[0], ctx.chunk_tokens):
-                logits_CV = projection.chunk_logits(hidden_TD[rows], weight_VD, bias_V, ctx.temperature)
-                logp_CV = logits_CV.sub_(lse_T[rows, None])
-                grad_CV = logp_CV.exp()
-                # d lse = p, d logp = onehot - p, d entropy = -p (log p + entropy)
-                if grad_entropy_T is None:
-                    grad_CV *= (grad_lse_T[rows] - grad_logp_T[rows])[:, None]
-                else:
-                    # exp() is exactly 0 far above this bound: it only keeps 0 * -inf from becoming NaN.
-                    factor_CV = logp_CV.clamp_(min=-1e4).add_(entropy_T[rows, None]).mul_(-grad_entropy_T[rows, None])
-                    grad_CV *= factor_CV.add_((grad_lse_T[rows] - grad_logp_T[rows])[:, None])
-                grad_CV.scatter_add_(-1, target_T[rows, None], grad_logp_T[rows, None])
-                gradient.add(rows, grad_CV)
-        grad_weight_VD = None if gradient.weight_VD is None else gradient.weight_VD.to(weight_VD.dtype)
-        grad_bias_V = None if gradient.bias_V is None else gradient.bias_V.to(bias_V.dtype)
-        return gradient.hidden_TD, grad_weight_VD, grad_bias_V, None, None, None
+@_linear_logprob.register_fake
+def _(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = _driver.statistics_dtype(Head(hidden_TD, weight_VD, bias_V))
+    num_tokens = hidden_TD.shape[0]
+    return hidden_TD.new_empty((3, num_tokens), dtype=dtype), hidden_TD.new_empty((4, num_tokens), dtype=dtype)
+
+
+@torch.library.custom_op("copd_kernels::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    target_T: torch.Tensor,
+    mask_T: torch.Tensor | None,
+    stats_4T: torch.Tensor,
+    grad_3T: torch.Tensor,
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    chunk_tokens: int,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = _backend.Tokens(mask_T)
+    head = tokens.head(Head(hidden_TD, weight_VD, bias_V), vocab_size, name="hidden_TD")
+    logp, entropy, lse = tokens.take_last(grad_3T)
+    # d lse = p, d logp = onehot - p, d entropy = -p (log p + entropy)
+    coefs_3T = torch.stack([lse - logp, -entropy, logp])
+    gradients = _backend.driver(hidden_TD.device).single_gradient(
+        head,
+        tokens.take(target_T),
+        tokens.take_last(stats_4T),
+        coefs_3T,
+        temperature=temperature,
+        softcap=softcap,
+        wanted=tuple(wanted),
+        chunk_tokens=chunk_tokens,
+    )
+    return _backend.pad_gradients(gradients, tokens, weight_VD)
+
+
+@_linear_logprob_backward.register_fake
+def _(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    return _backend.fake_gradients(Head(hidden_TD, weight_VD, bias_V), arguments[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, vocab_size, temperature, softcap, chunk_tokens = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.arguments = (vocab_size, temperature, softcap, chunk_tokens)
+
+
+def _backward(ctx: Any, grad_3T: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = _linear_logprob_backward(*ctx.saved_tensors, grad_3T, *ctx.arguments, wanted)
+    return (*(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *(None,) * 6)
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_logprob(
@@ -84,20 +113,38 @@ def linear_logprob(
     *,
     bias_V: torch.Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    mask_T: torch.Tensor | None = None,
+    vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> LogProb:
-    """Statistics of ``softmax((hidden @ weight.T + bias) / temperature)``: log pi(y_t) of (RATIO), arXiv 2604.27083.
+    """Statistics of softmax(cap(hidden @ weight.T + bias) / temperature): log pi(y_t) of (RATIO), arXiv 2604.27083.
 
-    ``hidden_TD`` ``[T, D]`` and ``weight_VD`` ``[V, D]`` of one floating dtype, in which the products are taken;
-    ``target_T`` int64 ``[T]`` in 0..V-1; ``bias_V`` ``[V]``. Returns fp32 ``[T]`` tensors (fp64 for fp64 inputs), each
-    differentiable once with respect to hidden, weight and bias. ``chunk_tokens`` tokens are projected at a time
-    (default: about 2^24 logits), so memory does not grow with T·V. NaN in a hidden row gives NaN for that token.
+    ``hidden_TD`` ``[T, D]`` and ``weight_VD`` ``[V, D]`` of one floating dtype; products are summed up in fp32 (fp64
+    for fp64 inputs) and never rounded to 16 bits. ``target_T`` int64 ``[T]`` in 0..V-1; ``bias_V`` ``[V]``;
+    ``softcap`` c: cap(x) = c tanh(x / c), before the temperature. ``mask_T`` bool ``[T]``: tokens where it is False
+    cost nothing, their targets may be anything, and their results are 0. ``vocab_size``: rows of the weight from there
+    on are padding, with probability 0. ``chunk_tokens``: tokens that are projected at a time; no buffer is [T, V].
 
-    Raises ValueError on a wrong rank, size or dtype, a target outside the vocabulary, or temperature <= 0.
+    Returns fp32 ``[T]`` tensors (fp64 for fp64 inputs), each differentiable once with respect to hidden, weight and
+    bias; backward projects again. Log-probs are never positive. Under ``torch.autocast`` inputs are taken in its dtype.
+
+    Raises ValueError on a wrong rank, size, dtype or device, a target outside the vocabulary, temperature or softcap
+    <= 0, and, on a CPU, hidden states that are not finite (on a GPU these give NaN for their token).
     """
-    hidden_TD, weight_VD = projection.autocast_inputs(hidden_TD, weight_VD)
-    projection.check_projection(hidden_TD, weight_VD, bias_V)
-    projection.check_target(target_T, hidden_TD.shape[0], weight_VD.shape[0])
-    projection.check_temperature(temperature)
-    chunk = projection.resolve_chunk_tokens(chunk_tokens, weight_VD.shape[0])
-    return LogProb(*_LinearLogProb.apply(hidden_TD, weight_VD, bias_V, target_T, temperature, chunk))
+    head = _backend.autocast_head(Head(hidden_TD, weight_VD, bias_V))
+    _checks.check_head(head, vocab_size)
+    _checks.check_target(target_T, hidden_TD)
+    _checks.check_mask(mask_T, hidden_TD)
+    _checks.check_scale(temperature, softcap)
+    _checks.check_chunk_tokens(chunk_tokens)
+    columns_3T, _ = _linear_logprob(
+        *head,
+        target_T,
+        mask_T,
+        vocab_size or weight_VD.shape[0],
+        float(temperature),
+        float(softcap or 0),
+        chunk_tokens or 0,
+    )
+    return LogProb(*columns_3T.unbind())

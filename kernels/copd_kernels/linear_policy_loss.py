@@ -1,17 +1,25 @@
-"""The trainer's operation: the clipped surrogate from hidden states and lm_head, gradients computed in forward."""
+"""The trainer's operation: clipped surrogate and distillation from one student projection, gradients in forward."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from copd_kernels import _projection as projection
+from copd_kernels import _backend, _checks, _driver, statistics
+from copd_kernels._surrogate import KL_ESTIMATORS, surrogate
+from copd_kernels._types import Head
+from copd_kernels.linear_divergence import NUM_FIELDS, Divergence, divergence_columns
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "symmetric_kl", "jsd")
+# The per-token outputs of the operation, in this order, before the fields of Divergence.
+_COLUMNS = ("logp", "entropy", "ratio", "clipped", "loss", "kl")
 
 
 class PolicyLoss(NamedTuple):
-    """The scalar loss, and per token without grad: log-prob, entropy, ratio, whether the clip cut it, its loss."""
+    """The scalar loss, and without grad, per token: log-prob, entropy, importance ratio, whether the clip cut it, loss,
+    KL estimate to the reference, divergences from the teacher (None without one); and how many tokens carry each term.
+    """
 
     loss: torch.Tensor
     logp_T: torch.Tensor
@@ -19,69 +27,173 @@ class PolicyLoss(NamedTuple):
     ratio_T: torch.Tensor
     clipped_T: torch.Tensor
     loss_T: torch.Tensor
+    kl_T: torch.Tensor
+    teacher: Divergence | None
+    num_policy_tokens: torch.Tensor
+    num_divergence_tokens: torch.Tensor
+    num_kl_tokens: torch.Tensor
+
+    def metrics(self, loss_weight_T: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Means over the tokens whose ``loss_weight_T`` is not 0, as 0-dim tensors (NaN without such a token)."""
+        counted_T = loss_weight_T != 0
+        columns = {"clip_fraction": self.clipped_T, "ratio": self.ratio_T, "entropy": self.entropy_T, "kl": self.kl_T}
+        if self.teacher is not None:
+            columns["reverse_kl"] = self.teacher.kl_student_teacher_T
+            columns["symmetric_kl"] = self.teacher.symmetric_kl_T
+        return {name: column_T[counted_T].to(self.loss.dtype).mean() for name, column_T in columns.items()}
 
 
-class _LinearPolicyLoss(torch.autograd.Function):
-    """One projection per chunk serves the statistics and the gradients; backward only scales."""
+def divergence_value(kind: str, columns: Divergence) -> torch.Tensor:
+    """The divergence named ``kind``, ``[T]``."""
+    value = {
+        "reverse_kl": columns.kl_student_teacher_T,
+        "forward_kl": columns.kl_teacher_student_T,
+        "symmetric_kl": columns.symmetric_kl_T,
+        "jsd": columns.jsd_T,
+    }[kind]
+    assert value is not None
+    return value
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        target_T: torch.Tensor,
-        advantage_T: torch.Tensor,
-        old_logp_T: torch.Tensor,
-        loss_weight_T: torch.Tensor,
-        clip_low: float,
-        clip_high: float,
-        temperature: float,
-        chunk_tokens: int,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[torch.Tensor, ...]:
-        num_tokens = hidden_TD.shape[0]
-        dtype = projection.statistics_dtype(hidden_TD.dtype)
-        advantage_T, old_logp_T, loss_weight_T = (x.to(dtype) for x in (advantage_T, old_logp_T, loss_weight_T))
-        logp_T, entropy_T, ratio_T = hidden_TD.new_empty((3, num_tokens), dtype=dtype).unbind()
-        clipped_T = hidden_TD.new_empty(num_tokens, dtype=torch.bool)
-        gradient = projection.ProjectionGradient(hidden_TD, weight_VD, temperature, wanted)
-        with projection.without_autocast(hidden_TD):
-            for rows in projection.token_chunks(num_tokens, chunk_tokens):
-                logits_CV = projection.chunk_logits(hidden_TD[rows], weight_VD, bias_V, temperature)
-                logp_CV = logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))
-                logp_C = logp_CV.gather(-1, target_T[rows, None]).squeeze(-1)
-                ratio_C = (logp_C - old_logp_T[rows]).exp()
-                advantage_C = advantage_T[rows]
-                # Where min() in (SURROGATE) takes the clipped branch, and that branch is constant.
-                clipped_C = ((ratio_C > 1 + clip_high) & (advantage_C > 0)) | (
-                    (ratio_C < 1 - clip_low) & (advantage_C < 0)
-                )
-                prob_CV = logp_CV.exp_()
-                logp_T[rows], ratio_T[rows], clipped_T[rows] = logp_C, ratio_C, clipped_C
-                entropy_T[rows] = torch.special.entr(prob_CV).sum(-1)
-                if any(wanted):
-                    # d loss / d logits = -w A rho (onehot - p)
-                    scale_C = (loss_weight_T[rows] * advantage_C * ratio_C).masked_fill_(clipped_C, 0)
-                    grad_CV = prob_CV.mul_(scale_C[:, None])
-                    grad_CV.scatter_add_(-1, target_T[rows, None], -scale_C[:, None])
-                    gradient.add(rows, grad_CV)
-        unclipped_T = ratio_T * advantage_T
-        surrogate_T = torch.minimum(unclipped_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantage_T)
-        loss_T = -loss_weight_T * surrogate_T
-        ctx.save_for_backward(gradient.hidden_TD, gradient.weight_VD, gradient.bias_V)
-        ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.mark_non_differentiable(logp_T, entropy_T, ratio_T, clipped_T, loss_T)
-        return loss_T.sum(), logp_T, entropy_T, ratio_T, clipped_T, loss_T
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+@torch.library.custom_op("copd_kernels::linear_policy_loss", mutates_args=())
+def _linear_policy_loss(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    target_T: torch.Tensor,
+    mask_T: torch.Tensor | None,
+    advantage_T: torch.Tensor | None,
+    old_logp_T: torch.Tensor | None,
+    loss_weight_T: torch.Tensor | None,
+    reference_logp_T: torch.Tensor | None,
+    kl_weight_T: torch.Tensor | None,
+    teacher_hidden_TD: torch.Tensor | None,
+    teacher_weight_VD: torch.Tensor | None,
+    teacher_bias_V: torch.Tensor | None,
+    divergence_weight_T: torch.Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_estimator: str,
+    divergence: str,
+    jsd_beta: float,
+    top_k: int,
+    vocab_size: int,
+    temperature: float,
+    softcap: float,
+    chunk_tokens: int,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss ``[]``, columns ``[6 (+ 11), T]``, counts ``[3]``, gradients of hidden, weight and bias."""
+    tokens = _backend.Tokens(mask_T)
+    student = tokens.head(Head(hidden_TD, weight_VD, bias_V), vocab_size, name="hidden_TD")
+    teacher = None
+    if teacher_hidden_TD is not None and teacher_weight_VD is not None:
+        head = Head(teacher_hidden_TD, teacher_weight_VD, teacher_bias_V)
+        teacher = tokens.head(head, vocab_size, name="teacher_hidden_TD")
+    target_T = tokens.take(target_T)
+    _checks.check_target_values(target_T, vocab_size)
+    dtype = _driver.statistics_dtype(student, teacher)
+    per_token = [
+        None if values_T is None else tokens.take(values_T).to(dtype)
+        for values_T in (advantage_T, old_logp_T, loss_weight_T, reference_logp_T, kl_weight_T)
+    ]
+    divergence_weight_T = None if divergence_weight_T is None else tokens.take(divergence_weight_T).to(dtype)
+
+    def coefficients(rows: slice, stats_FC: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+        logp_C = statistics.head_finals(stats_FC).logp_T
+        part = surrogate(
+            logp_C,
+            *(None if values_T is None else values_T[rows] for values_T in per_token),
+            clip_low=clip_low,
+            clip_high=clip_high,
+            kl_estimator=kl_estimator,
         )
-        return (*gradients, *(None,) * 9)
+        zeros_C = torch.zeros_like(logp_C)
+        coefs = [-part.grad_logp_T, zeros_C, part.grad_logp_T]
+        if teacher is not None:
+            weight_C = zeros_C if divergence_weight_T is None else divergence_weight_T[rows]
+            coefs += [
+                weight_C if divergence in ("reverse_kl", "symmetric_kl") else zeros_C,
+                weight_C if divergence in ("forward_kl", "symmetric_kl") else zeros_C,
+                (1 - jsd_beta) * weight_C if divergence == "jsd" else zeros_C,
+            ]
+        return torch.stack(coefs)
+
+    stats, second, overlap, gradients = _backend.driver(hidden_TD.device).fused(
+        student,
+        teacher,
+        target_T,
+        coefficients=coefficients,
+        second_beta=jsd_beta if divergence == "jsd" and teacher is not None else None,
+        top_k=top_k if teacher is not None else 0,
+        temperature=temperature,
+        softcap=softcap,
+        wanted=tuple(wanted),
+        chunk_tokens=chunk_tokens,
+    )
+    logp_T, entropy_T, _ = statistics.head_finals(stats)
+    whole = surrogate(logp_T, *per_token, clip_low=clip_low, clip_high=clip_high, kl_estimator=kl_estimator)
+    loss_T = whole.loss_T
+    columns = torch.stack([logp_T, entropy_T, whole.ratio_T, whole.clipped_T.to(dtype), loss_T, whole.kl_T])
+    if teacher is not None:
+        teacher_columns = divergence_columns(stats, second, overlap)
+        if divergence_weight_T is not None:
+            value_T = divergence_value(divergence, Divergence(*teacher_columns))
+            # 0 times an infinite divergence: the token has no divergence term.
+            columns[4] += torch.where(divergence_weight_T == 0, 0, divergence_weight_T * value_T)
+        columns = torch.cat([columns, teacher_columns])
+    counts = torch.stack(
+        [
+            torch.zeros((), dtype=torch.int64, device=hidden_TD.device) if weight is None else (weight != 0).sum()
+            for weight in (per_token[2], divergence_weight_T, per_token[4])
+        ]
+    )
+    return columns[4].sum(), tokens.put_last(columns), counts, *_backend.pad_gradients(gradients, tokens, weight_VD)
+
+
+@_linear_policy_loss.register_fake
+def _(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, *arguments: Any
+) -> tuple[torch.Tensor, ...]:
+    teacher_hidden_TD, teacher_weight_VD, wanted = arguments[7], arguments[8], arguments[-1]
+    head = Head(hidden_TD, weight_VD, bias_V)
+    teacher = None if teacher_hidden_TD is None else Head(teacher_hidden_TD, teacher_weight_VD, None)
+    dtype = _driver.statistics_dtype(head, teacher)
+    num_columns = len(_COLUMNS) + (0 if teacher is None else NUM_FIELDS)
+    return (
+        hidden_TD.new_empty((), dtype=dtype),
+        hidden_TD.new_empty((num_columns, hidden_TD.shape[0]), dtype=dtype),
+        hidden_TD.new_empty(3, dtype=torch.int64),
+        *_backend.fake_gradients(head, wanted),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
+    ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
+    ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+    ctx.gradients = list(output[3:])
+
+
+def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Scale the gradients of forward in place and give them away: no second copy of dW ever exists.
+
+    A second backward over the same graph finds them gone, and computes them again.
+    """
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        gradients = list(_linear_policy_loss(*inputs)[3:])
+    # Under torch.compile tensors are traced as subclasses of Tensor; there the compiler places the buffers.
+    scale = torch.Tensor.mul_ if type(grad_loss) is torch.Tensor else torch.mul
+    wanted = ctx.others[-1]
+    scaled = (scale(gradient, grad_loss) if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return (*scaled, *(None,) * (len(ctx.others) - 3))
+
+
+_linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_policy_loss(
@@ -89,58 +201,116 @@ def linear_policy_loss(
     weight_VD: torch.Tensor,
     target_T: torch.Tensor,
     *,
-    advantage_T: torch.Tensor,
-    old_logp_T: torch.Tensor,
-    loss_weight_T: torch.Tensor,
+    advantage_T: torch.Tensor | None = None,
+    old_logp_T: torch.Tensor | None = None,
+    loss_weight_T: torch.Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    reference_logp_T: torch.Tensor | None = None,
+    kl_weight_T: torch.Tensor | None = None,
+    kl_estimator: str = "k3",
+    teacher_hidden_TD: torch.Tensor | None = None,
+    teacher_weight_VD: torch.Tensor | None = None,
+    teacher_bias_V: torch.Tensor | None = None,
+    divergence: str = "reverse_kl",
+    divergence_weight_T: torch.Tensor | None = None,
+    jsd_beta: float = 0.5,
+    top_k: int = 0,
     bias_V: torch.Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    mask_T: torch.Tensor | None = None,
+    vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> PolicyLoss:
-    """``-sum_t w_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)``: (SURROGATE), arXiv 2604.27083.
+    """The sum over tokens of up to three terms, from one projection of the student (and one of the teacher):
 
-    rho_t = exp(logp_t - old_logp_t) is (RATIO). ``advantage_T`` is any per-token advantage, (GRPO-ADV) or (OPD-ADV);
-    ``loss_weight_T`` holds the normalisation, 1 / (G |y_i|) times the weight of the term. Both, like ``old_logp_T``,
-    are floating ``[T]`` without grad. The other arguments are those of :func:`copd_kernels.linear_logprob`.
+    * policy, ``-w_t min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)``: (SURROGATE), arXiv 2604.27083, with
+      rho_t = exp(logp_t - old_logp_t), (RATIO). ``advantage_T`` is any per-token advantage, (GRPO-ADV) or (OPD-ADV);
+      ``loss_weight_T`` holds the normalisation, 1 / (G |y_i|) times the weight of the term. All three or none.
+    * distillation, ``divergence_weight_T`` times the exact divergence from the teacher over the vocabulary:
+      ``reverse_kl`` KL(student || teacher), ``forward_kl``, ``symmetric_kl`` (their sum) or ``jsd`` (``jsd_beta``).
+      A teacher without weights is only measured.
+    * a KL to a reference policy from its log-probs of the targets: ``kl_weight_T`` times ``k1`` (logp - ref), ``k2``
+      (half its square) or ``k3`` (exp(ref - logp) - 1 - (ref - logp)), differentiated as written.
+
+    Per-token arguments are floating ``[T]`` without grad; the others are those of
+    :func:`copd_kernels.linear_divergence`. ``top_k`` > 0 measures the overlap with the teacher as well.
 
     Returns the scalar ``loss`` in fp32 (fp64 for fp64 inputs), differentiable once with respect to hidden, weight and
-    bias, and detached ``[T]`` tensors: ``logp_T``, ``entropy_T``, ``ratio_T`` and ``loss_T`` (whose sum is the loss) of
-    its dtype, ``clipped_T`` bool, True where the token's gradient is cut: rho > 1 + clip_high with A > 0, or
-    rho < 1 - clip_low with A < 0. A frozen weight costs nothing. NaN in a hidden row gives a NaN loss.
+    bias, and detached per-token tensors; ``loss_T`` sums to the loss. ``clipped_T`` is True where the token's gradient
+    is cut: rho > 1 + clip_high with A > 0, or rho < 1 - clip_low with A < 0. ``num_*_tokens`` count weights other than
+    0. The gradients are computed in forward, in the memory of one chunk of logits; a frozen weight costs nothing.
 
-    Raises ValueError on a wrong rank, size or dtype, a per-token argument that requires grad, a target outside the
-    vocabulary, temperature <= 0, clip_low outside [0, 1] or clip_high < 0.
+    Raises ValueError on what the other operations raise it for, on a per-token argument that requires grad, on terms
+    with arguments missing, clip_low outside [0, 1], clip_high < 0, an unknown divergence or estimator.
     """
-    hidden_TD, weight_VD = projection.autocast_inputs(hidden_TD, weight_VD)
-    projection.check_projection(hidden_TD, weight_VD, bias_V)
-    num_tokens = hidden_TD.shape[0]
-    projection.check_target(target_T, num_tokens, weight_VD.shape[0])
-    projection.check_per_token("advantage_T", advantage_T, num_tokens)
-    projection.check_per_token("old_logp_T", old_logp_T, num_tokens)
-    projection.check_per_token("loss_weight_T", loss_weight_T, num_tokens)
-    projection.check_temperature(temperature)
+    head = _backend.autocast_head(Head(hidden_TD, weight_VD, bias_V))
+    teacher: tuple[torch.Tensor | None, ...] = (None, None, None)
+    common = vocab_size or weight_VD.shape[0]
+    if (teacher_hidden_TD is None) != (teacher_weight_VD is None):
+        raise ValueError("teacher_hidden_TD and teacher_weight_VD go together, was given one of them")
+    if teacher_hidden_TD is not None and teacher_weight_VD is not None:
+        teacher_bias_V = None if teacher_bias_V is None else teacher_bias_V.detach()
+        teacher = _backend.autocast_head(Head(teacher_hidden_TD.detach(), teacher_weight_VD.detach(), teacher_bias_V))
+        _checks.check_head(head, vocab_size)
+        common = _checks.check_pair(head, Head(*teacher), vocab_size)
+    elif divergence_weight_T is not None:
+        raise ValueError("divergence_weight_T needs a teacher: give teacher_hidden_TD and teacher_weight_VD")
+    else:
+        _checks.check_head(head, vocab_size)
+    _checks.check_target(target_T, hidden_TD)
+    _checks.check_mask(mask_T, hidden_TD)
+    policy = {"advantage_T": advantage_T, "old_logp_T": old_logp_T, "loss_weight_T": loss_weight_T}
+    reference = {"reference_logp_T": reference_logp_T, "kl_weight_T": kl_weight_T}
+    for term in (policy, reference):
+        missing = [name for name, values_T in term.items() if values_T is None]
+        if missing and len(missing) < len(term):
+            raise ValueError(f"{', '.join(term)} go together, missing {', '.join(missing)}")
+    for name, values_T in {**policy, **reference, "divergence_weight_T": divergence_weight_T}.items():
+        if values_T is not None:
+            _checks.check_per_token(name, values_T, hidden_TD)
+    _checks.check_scale(temperature, softcap)
+    _checks.check_chunk_tokens(chunk_tokens)
+    _checks.check_jsd_beta(jsd_beta)
+    if top_k:
+        _checks.check_top_k(top_k, common)
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, was {divergence!r}")
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, was {kl_estimator!r}")
     if not 0 <= clip_low <= 1:
         raise ValueError(f"clip_low must lie in [0, 1], was {clip_low}")
     if not clip_high >= 0:
         raise ValueError(f"clip_high must be >= 0, was {clip_high}")
-    # Inside forward grad mode is off, so what will be asked of backward has to be read here.
-    wanted = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias_V)
-    )
-    chunk = projection.resolve_chunk_tokens(chunk_tokens, weight_VD.shape[0])
-    outputs = _LinearPolicyLoss.apply(
-        hidden_TD,
-        weight_VD,
-        bias_V,
+    loss, columns, counts, *_ = _linear_policy_loss(
+        *head,
         target_T,
+        mask_T,
         advantage_T,
         old_logp_T,
         loss_weight_T,
-        clip_low,
-        clip_high,
-        temperature,
-        chunk,
-        wanted,
+        reference_logp_T,
+        kl_weight_T,
+        *teacher,
+        divergence_weight_T,
+        float(clip_low),
+        float(clip_high),
+        kl_estimator,
+        divergence,
+        float(jsd_beta),
+        top_k,
+        common,
+        float(temperature),
+        float(softcap or 0),
+        chunk_tokens or 0,
+        _backend.wanted_gradients(head),
     )
-    return PolicyLoss(*outputs)
+    logp_T, entropy_T, ratio_T, clipped_T, loss_T, kl_T, *fields = columns.unbind()
+    measured = None
+    if fields:
+        measured = Divergence(*fields)._replace(overlap_T=fields[5] if top_k else None)
+        if divergence != "jsd":
+            # The second pass over the logits is made where the JSD asks for it.
+            measured = measured._replace(sum_min_T=None, jsd_T=None)
+    return PolicyLoss(loss, logp_T, entropy_T, ratio_T, clipped_T.bool(), loss_T, kl_T, measured, *counts.unbind())

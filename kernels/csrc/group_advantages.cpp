@@ -12,7 +12,7 @@
 
 namespace {
 
-enum class Scale { population, sample, none };
+enum class Scale { population, sample, none, rloo };
 
 Scale parse_scale(std::string_view mode) {
   if (mode == "population") {
@@ -21,7 +21,10 @@ Scale parse_scale(std::string_view mode) {
   if (mode == "sample") {
     return Scale::sample;
   }
-  TORCH_CHECK_VALUE(mode == "none", "mode must be 'population', 'sample' or 'none', was '", mode, "'");
+  if (mode == "rloo") {
+    return Scale::rloo;
+  }
+  TORCH_CHECK_VALUE(mode == "none", "mode must be 'population', 'sample', 'none' or 'rloo', was '", mode, "'");
   return Scale::none;
 }
 
@@ -48,7 +51,13 @@ bool write_group(const double *rewards, double *advantages, int64_t begin, int64
     advantages[i] = rewards[i] - mean;
     squares += advantages[i] * advantages[i];
   }
-  if (scale != Scale::none) {
+  if (scale == Scale::rloo) {
+    // r - mean of the others = (r - mean) G / (G - 1); a group of one was equal to itself above, or is not finite.
+    const double factor = static_cast<double>(size) / static_cast<double>(size > 1 ? size - 1 : 1);
+    for (int64_t i = begin; i < end; ++i) {
+      advantages[i] *= factor;
+    }
+  } else if (scale != Scale::none) {
     const auto count = static_cast<double>(scale == Scale::sample ? size - 1 : size);
     const double divisor = std::sqrt(squares / count) + eps;
     for (int64_t i = begin; i < end; ++i) {

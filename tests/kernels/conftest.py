@@ -1,17 +1,21 @@
-"""Inputs and the memory probe that the tests of the linear_* operations share."""
+"""Inputs, backends and the watch on the driver that the tests of the operations share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from copd_kernels import _backend
+from tests.kernels.problems import BACKENDS, Backend, rows_by
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest new tensor of any operation, forward and backward; views are not new."""
+    """Largest number of elements of a new tensor; views are not new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,17 +23,70 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = func(*args, **kwargs)
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
                 self.num_elements = max(self.num_elements, x.numel())
         return result
 
 
+class DriverWatch:
+    """What the operations ask of the driver, and the largest tensor that it makes. A mode around an operation would
+    not see into its body, so this one is entered there."""
+
+    def __init__(self) -> None:
+        self.num_elements = 0
+        self.wanted: list[tuple[bool, bool, bool]] = []
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> DriverWatch:
+        find = _backend.driver
+        self._patch.setattr(_backend, "driver", lambda device: _Watched(find(device), self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+
+class _Watched:
+    def __init__(self, driver: types.ModuleType, watch: DriverWatch) -> None:
+        self._driver, self._watch = driver, watch
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if "wanted" in options:
+                self._watch.wanted.append(options["wanted"])
+            with LargestTensor() as new:
+                result = getattr(self._driver, name)(*args, **options)
+            self._watch.num_elements = max(self._watch.num_elements, new.num_elements)
+            return result
+
+        return call
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every dtype and every body of the row operations in turn."""
+    with rows_by(request.param.rows):
+        yield request.param
+
+
+@pytest.fixture(params=[b for b in BACKENDS if b.dtype in (torch.float64, torch.float32)], ids=lambda b: b.name)
+def exact_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The backends whose inputs hold any logits that a test chooses."""
+    with rows_by(request.param.rows):
+        yield request.param
+
+
 @pytest.fixture
 def largest_tensor() -> LargestTensor:
     return LargestTensor()
+
+
+@pytest.fixture
+def watch() -> DriverWatch:
+    return DriverWatch()
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ def by_hand(rewards: list[float], ids: list[int], mode: str) -> list[float]:
         if min(group) == max(group):
             out.append(0.0)
             continue
+        if mode == "rloo":
+            out.append(reward - (math.fsum(group) - reward) / (len(group) - 1))
+            continue
         deviation = reward - statistics.fmean(group)
         if mode == "none":
             out.append(deviation)
@@ -37,7 +40,7 @@ BODIES = {
     "aten": lambda rewards, ids, mode: reference.group_advantages(rewards, ids, mode, EPS),
 }
 every_body = pytest.mark.parametrize("body", list(BODIES.values()), ids=list(BODIES))
-every_mode = pytest.mark.parametrize("mode", ["population", "sample", "none"])
+every_mode = pytest.mark.parametrize("mode", ["population", "sample", "none", "rloo"])
 
 
 def test_compiled_library_is_loaded() -> None:
@@ -142,7 +145,7 @@ def test_non_contiguous_inputs(body) -> None:
         (torch.zeros(2), torch.zeros(2, dtype=torch.int32), "none", "group_ids_B must be int64"),
         (torch.zeros(3), torch.tensor([0, 1, 0]), "none", "group_ids_B must be non-negative and non-decreasing"),
         (torch.zeros(2), torch.tensor([-1, 0]), "none", "group_ids_B must be non-negative and non-decreasing"),
-        (torch.zeros(2), torch.tensor([0, 0]), "std", "mode must be 'population', 'sample' or 'none', was 'std'"),
+        (torch.zeros(2), torch.tensor([0, 0]), "std", "mode must be 'population', 'sample', 'none' or 'rloo', was 'std'"),
     ],
 )
 def test_errors_name_the_argument(body, rewards, ids, mode: str, match: str) -> None:

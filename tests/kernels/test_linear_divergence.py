@@ -19,6 +19,11 @@ def by_hand(student_logits, teacher_logits, target, top_k) -> Divergence:
         p, q = [math.exp(x) for x in log_p], [math.exp(x) for x in log_q]
         kl_st = math.fsum(a * (x - y) for a, x, y in zip(p, log_p, log_q, strict=True))
         kl_ts = math.fsum(b * (y - x) for b, x, y in zip(q, log_p, log_q, strict=True))
+        mixture = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+        jsd = math.fsum(
+            (a * (x - math.log(m)) + b * (y - math.log(m))) / 2
+            for a, b, x, y, m in zip(p, q, log_p, log_q, mixture, strict=True)
+        )
         top_s, top_t = (set(sorted(range(len(row)), key=lambda v, row=row: (-row[v], v))[:top_k]) for row in (s, t))
         rows.append(
             (
@@ -31,6 +36,8 @@ def by_hand(student_logits, teacher_logits, target, top_k) -> Divergence:
                 math.fsum(map(min, p, q)),
                 -math.fsum(a * x for a, x in zip(p, log_p, strict=True)),
                 -math.fsum(b * x for b, x in zip(q, log_q, strict=True)),
+                log_p[y] - log_q[y],
+                jsd,
             )
         )
     return Divergence(*torch.tensor(rows, dtype=torch.float64).T)
@@ -188,20 +195,54 @@ def test_excluded_tokens(randn) -> None:
 
 
 @pytest.mark.parametrize("spoiled", ["student", "teacher"])
-def test_nan_in_nan_out(spoiled, randn, randint) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_hidden_states_that_are_not_finite(spoiled, bad, randn, randint) -> None:
+    """An error where the token counts, nothing where it is masked."""
     hidden = {"student": randn(3, 5), "teacher": randn(3, 5)}
-    hidden[spoiled][1, 2] = math.nan
-    out = linear_divergence(hidden["student"], randn(17, 5), hidden["teacher"], randn(17, 5), randint(17, 3))
-    for name in ("kl_student_teacher_T", "kl_teacher_student_T", "symmetric_kl_T", "overlap_T", "sum_min_T"):
-        assert getattr(out, name).isnan().tolist() == [False, True, False], name
-    for name in (f"{spoiled}_logp_T", f"{spoiled}_entropy_T"):
-        assert getattr(out, name).isnan().tolist() == [False, True, False], name
+    heads, target = (randn(17, 5), randn(17, 5)), randint(17, 3)
+    hidden[spoiled][1, 2] = bad
+    args = hidden["student"], heads[0], hidden["teacher"], heads[1], target
+    with pytest.raises(ValueError, match=rf"{spoiled}_hidden_TD must be finite, row 1 .* holds \[{bad}\]"):
+        linear_divergence(*args)
+    mask = torch.tensor([True, False, True])
+    out = linear_divergence(*args, mask_T=mask)
+    expected = linear_divergence(
+        hidden["student"][mask], heads[0], hidden["teacher"][mask], heads[1], target[mask]
+    )
+    for got, value in zip(out, expected, strict=True):
+        assert got[1] == 0
+        torch.testing.assert_close(got[mask], value, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("spoiled", ["student", "teacher"])
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_nan_in_nan_out(spoiled, where, exact_backend, randn, randint) -> None:
+    """NaN in a head spoils every token: no number comes out of it, and none of the other head's is lost."""
+    dtype = exact_backend.dtype
+    hidden, target = randn(3, 5, dtype=dtype), randint(17, 3)
+    heads = {name: {"weight": randn(17, 5, dtype=dtype), "bias": randn(17, dtype=dtype)} for name in ("student", "teacher")}
+    heads[spoiled][where][3] = math.nan
+    student, teacher = heads["student"], heads["teacher"]
+    out = linear_divergence(
+        hidden,
+        student["weight"],
+        hidden,
+        teacher["weight"],
+        target,
+        student_bias_V=student["bias"],
+        teacher_bias_V=teacher["bias"],
+    )
+    untouched = "teacher" if spoiled == "student" else "student"
+    for name, column in out._asdict().items():
+        expected = not name.startswith(untouched)
+        assert column.isnan().tolist() == [expected] * 3, name
 
 
 def test_no_target_no_log_probs(randn) -> None:
     out = linear_divergence(randn(3, 5), randn(17, 5), randn(3, 5), randn(17, 5))
     assert out.student_logp_T is None
     assert out.teacher_logp_T is None
+    assert out.delta_T is None
     assert out.overlap_T.shape == (3,)
 
 
@@ -214,13 +255,26 @@ def test_few_tokens(num_tokens, randn, randint) -> None:
     torch.testing.assert_close(out.kl_student_teacher_T, expected.kl_student_teacher_T)
 
 
-def test_forward_only_and_in_chunks(largest_tensor, randn, randint) -> None:
+def test_no_logits_beyond_a_chunk(watch, randn, randint) -> None:
     num_tokens, vocab_size, chunk = 512, 1000, 8
     hidden, weight = randn(num_tokens, 4).requires_grad_(), randn(vocab_size, 4).requires_grad_()
-    with largest_tensor:
+    with watch:
         out = linear_divergence(hidden, weight, hidden, weight, randint(vocab_size, num_tokens), chunk_tokens=chunk)
-    assert largest_tensor.num_elements == chunk * vocab_size
-    assert not any(column.requires_grad for column in out)
+        out.symmetric_kl_T.sum().backward()
+    assert watch.num_elements == chunk * vocab_size
+
+
+def test_what_has_a_gradient(randn, randint) -> None:
+    """The teacher is a constant, the counts have no slope."""
+    student, teacher = (randn(3, 5), randn(17, 5)), (randn(3, 5), randn(17, 5))
+    for x in (*student, *teacher):
+        x.requires_grad_()
+    out = linear_divergence(*student, *teacher, randint(17, 3))
+    constant = {"teacher_logp_T", "overlap_T", "sum_min_T", "teacher_entropy_T"}
+    assert {name for name, column in out._asdict().items() if not column.requires_grad} == constant
+    sum(column.sum() for column in out if column.requires_grad).backward()
+    assert all(x.grad is None for x in teacher)
+    assert all(x.grad.norm() > 0 for x in student)
 
 
 def test_mixed_dtypes(randn) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from copd_kernels import linear_logprob, reference
+from copd_kernels import _driver, linear_logprob, reference
 
 # Odd and prime sizes, one token, a vocabulary of one.
 SHAPES = [(7, 5, 13), (1, 3, 257), (17, 8, 64), (5, 4, 1)]
@@ -118,19 +118,24 @@ def test_frozen_inputs_get_no_gradient(randn, randint) -> None:
     assert weight.grad is None
 
 
-def test_no_logits_beyond_a_chunk(largest_tensor, randn, randint) -> None:
+def test_no_logits_beyond_a_chunk(watch, randn, randint) -> None:
     num_tokens, hidden_size, vocab_size, chunk = 512, 4, 1000, 8
     hidden, weight = randn(num_tokens, hidden_size).requires_grad_(), randn(vocab_size, hidden_size).requires_grad_()
-    with largest_tensor:
+    with watch:
         out = linear_logprob(hidden, weight, randint(vocab_size, num_tokens), chunk_tokens=chunk)
         (out.logp_T + out.entropy_T + out.lse_T).sum().backward()
-    assert largest_tensor.num_elements == chunk * vocab_size
+    assert watch.num_elements == chunk * vocab_size
 
 
-def test_default_chunk(largest_tensor, randn, randint) -> None:
-    with largest_tensor:
-        linear_logprob(randn(40, 1, dtype=torch.float32), randn(2**20, 1, dtype=torch.float32), randint(2**20, 40))
-    assert largest_tensor.num_elements == 2**24
+@pytest.mark.parametrize("shape", [(40, 2**20), (2**20, 40), (5000, 5000)])
+def test_default_tile(shape, watch, randn, randint) -> None:
+    """A tile of logits holds TILE_BYTES, whichever of T and V is the long one."""
+    num_tokens, vocab_size = shape
+    hidden, weight = randn(num_tokens, 1, dtype=torch.float32), randn(vocab_size, 1, dtype=torch.float32)
+    with watch:
+        linear_logprob(hidden, weight, randint(vocab_size, num_tokens))
+    # The statistics of all tokens, [4, T], are no workspace: the outputs are made of them.
+    assert watch.num_elements <= max(_driver.TILE_BYTES // 4, 4 * num_tokens)
 
 
 def test_no_tokens(randn) -> None:
@@ -162,11 +167,40 @@ def test_log_prob_is_never_positive(randn, randint) -> None:
     assert out.logp_T.max() <= 0
 
 
-def test_nan_in_nan_out(randn, randint) -> None:
-    hidden = randn(4, 5)
-    hidden[2, 1] = math.nan
-    for column in linear_logprob(hidden, randn(7, 5), randint(7, 4)):
-        assert column.isnan().tolist() == [False, False, True, False]
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_hidden_states_that_are_not_finite(bad, randn, randint) -> None:
+    """An error where the token counts, nothing where it is masked; never a number made of it."""
+    hidden, weight, target = randn(4, 5), randn(7, 5), randint(7, 4)
+    hidden[2, 1] = bad
+    with pytest.raises(ValueError, match=rf"hidden_TD must be finite, row 2 .* holds \[{bad}\]"):
+        linear_logprob(hidden, weight, target)
+    mask = torch.tensor([True, True, False, True])
+    out = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), target, mask_T=mask)
+    expected = linear_logprob(hidden.detach()[mask], weight.detach(), target[mask])
+    for column, value in zip(out, expected, strict=True):
+        assert column[2] == 0
+        torch.testing.assert_close(column[mask], value, rtol=1e-13, atol=1e-14)
+    sum(column.sum() for column in out).backward()
+    assert hidden.grad[2].eq(0).all()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_nan_in_nan_out(where, backend, randn, randint) -> None:
+    inputs = {
+        "hidden": randn(4, 5, dtype=backend.dtype),
+        "weight": randn(7, 5, dtype=backend.dtype),
+        "bias": randn(7, dtype=backend.dtype),
+    }
+    inputs[where][3] = math.nan
+    for x in inputs.values():
+        x.requires_grad_()
+    out = linear_logprob(inputs["hidden"], inputs["weight"], randint(7, 4), bias_V=inputs["bias"])
+    for column in out:
+        assert column.isnan().all()
+    sum(column.sum() for column in out).backward()
+    assert inputs["hidden"].grad.isnan().all()
 
 
 def test_autocast(randn, randint) -> None:

@@ -71,12 +71,15 @@ def test_against_reference_and_logprob(randn, randint) -> None:
     (hidden, weight, bias), target, per_token = inputs(randn, randint)
     out = linear_policy_loss(hidden, weight, target, bias_V=bias, temperature=0.8, chunk_tokens=3, **per_token)
     plain = reference.linear_policy_loss(hidden, weight, target, bias_V=bias, temperature=0.8, **per_token)
-    for got, expected in zip(out, plain, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    assert out.teacher is None
+    assert plain.teacher is None
+    for name, got in out._replace(teacher=torch.zeros(()))._asdict().items():
+        expected = torch.zeros(()) if name == "teacher" else getattr(plain, name)
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13, msg=name)
     same = linear_logprob(hidden, weight, target, bias_V=bias, temperature=0.8)
     torch.testing.assert_close(out.logp_T, same.logp_T, rtol=1e-13, atol=0)
     torch.testing.assert_close(out.entropy_T, same.entropy_T, rtol=1e-13, atol=0)
-    assert not any(x.requires_grad for x in out[1:])
+    assert not any(x.requires_grad for x in out[1:] if x is not None)
 
 
 def test_gradcheck(randn, randint) -> None:
@@ -211,36 +214,37 @@ def test_low_precision(dtype, bound, randn, randint) -> None:
         assert error <= min(bound, 2 * plain_error + 1e-6)
 
 
-def test_frozen_weight_has_no_gradient_buffer(largest_tensor, randn, randint) -> None:
+def test_frozen_weight_has_no_gradient_buffer(watch, randn, randint) -> None:
     """With a frozen lm_head nothing of its size is allocated at all."""
     num_tokens, hidden_size, vocab_size = 16, 64, 300
     (hidden, weight, _), target, per_token = inputs(randn, randint, num_tokens, hidden_size, vocab_size)
     weight.requires_grad_(False)
-    with largest_tensor:
+    with watch:
         out = linear_policy_loss(hidden, weight, target, chunk_tokens=1, **per_token)
         out.loss.backward()
-    assert largest_tensor.num_elements == num_tokens * hidden_size
+    assert watch.num_elements == num_tokens * hidden_size
+    assert watch.wanted == [(True, False, False)]
     assert weight.grad is None
     plain = reference.linear_policy_loss(hidden, weight, target, **per_token)
     torch.testing.assert_close(hidden.grad, torch.autograd.grad(plain.loss, hidden)[0])
 
 
-def test_no_logits_beyond_a_chunk(largest_tensor, randn, randint) -> None:
+def test_no_logits_beyond_a_chunk(watch, randn, randint) -> None:
     num_tokens, hidden_size, vocab_size, chunk = 512, 4, 1000, 8
     (hidden, weight, bias), target, per_token = inputs(randn, randint, num_tokens, hidden_size, vocab_size)
-    with largest_tensor:
+    with watch:
         out = linear_policy_loss(hidden, weight, target, bias_V=bias, chunk_tokens=chunk, **per_token)
         out.loss.backward()
-    assert largest_tensor.num_elements == chunk * vocab_size
+    assert watch.num_elements == chunk * vocab_size
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 16])
-def test_no_grad_needs_no_gradients(chunk_tokens, largest_tensor, randn, randint) -> None:
+def test_no_grad_needs_no_gradients(chunk_tokens, watch, randn, randint) -> None:
     (hidden, weight, _), target, per_token = inputs(randn, randint, num_tokens=64, hidden_size=64)
-    with torch.no_grad(), largest_tensor:
+    with torch.no_grad(), watch:
         out = linear_policy_loss(hidden, weight, target, chunk_tokens=chunk_tokens, **per_token)
     assert not out.loss.requires_grad
-    assert largest_tensor.num_elements < min(hidden.numel(), weight.numel())
+    assert watch.num_elements < min(hidden.numel(), weight.numel())
     expected = reference.linear_policy_loss(hidden, weight, target, **per_token)
     torch.testing.assert_close(out.loss, expected.loss.detach())
 
@@ -256,14 +260,44 @@ def test_no_tokens(randn) -> None:
     assert hidden.grad.shape == (0, 5)
 
 
-def test_nan_in_nan_out(randn, randint) -> None:
+def test_hidden_states_that_are_not_finite(randn, randint) -> None:
     (hidden, weight, _), target, per_token = inputs(randn, randint, num_tokens=3)
     spoiled = hidden.detach().clone()
     spoiled[1, 0] = math.nan
-    out = linear_policy_loss(spoiled, weight, target, **per_token)
+    with pytest.raises(ValueError, match=r"hidden_TD must be finite, row 1 .* holds \[nan\]"):
+        linear_policy_loss(spoiled, weight, target, **per_token)
+    mask = torch.tensor([True, False, True])
+    out = linear_policy_loss(spoiled, weight, target, mask_T=mask, **per_token)
+    kept = {name: x[mask] for name, x in per_token.items()}
+    expected = linear_policy_loss(spoiled[mask], weight, target[mask], **kept)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("name", ["advantage_T", "old_logp_T", "loss_weight_T"])
+def test_nan_per_token_spoils_its_token(name, randn, randint) -> None:
+    (hidden, weight, _), target, per_token = inputs(randn, randint, num_tokens=3)
+    # Not a token whose gradient the clip cuts: that is 0 whatever the weight.
+    per_token["old_logp_T"][1] = linear_logprob(hidden, weight, target).logp_T[1].detach()
+    per_token[name][1] = math.nan
+    out = linear_policy_loss(hidden, weight, target, **per_token)
     assert out.loss.isnan()
-    assert out.logp_T.isnan().tolist() == [False, True, False]
-    assert out.ratio_T.isnan().tolist() == [False, True, False]
+    assert out.loss_T.isnan().tolist() == [False, True, False]
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    assert grad.isnan().all(-1).tolist() == [False, True, False]
+    mask = torch.tensor([True, False, True])
+    out = linear_policy_loss(hidden, weight, target, mask_T=mask, **per_token)
+    assert torch.autograd.grad(out.loss, hidden)[0].isfinite().all()
+
+
+def test_nan_in_weight_gives_nan(randn, randint) -> None:
+    (hidden, weight, _), target, per_token = inputs(randn, randint, num_tokens=3)
+    spoiled = weight.detach().clone()
+    spoiled[4] = math.nan
+    out = linear_policy_loss(hidden, spoiled, target, **per_token)
+    assert out.loss.isnan()
+    assert out.logp_T.isnan().all()
+    assert out.ratio_T.isnan().all()
+    assert torch.autograd.grad(out.loss, hidden)[0].isnan().all()
 
 
 ONES = torch.ones(3)

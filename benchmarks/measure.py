@@ -1,0 +1,96 @@
+"""Seconds and bytes of one call, on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+MIB = 2**20
+# Larger than the last-level cache of the GPUs that the kernels are written for.
+FLUSH_BYTES = 256 * MIB
+
+
+def seconds(call: Callable[[], object], device: str = "cpu") -> float:
+    """Wall-clock time of one call on the CPU; on a GPU the time between two events, after the L2 was flushed."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        result = call()
+        elapsed = time.perf_counter() - begin
+        del result
+        return elapsed
+    torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    result = call()
+    end_event.record()
+    torch.cuda.synchronize()
+    del result
+    return float(begin_event.elapsed_time(end_event)) / 1e3
+
+
+def extra_bytes(call: Callable[[], Result], device: str = "cpu") -> tuple[Result, int, str]:
+    """The result, how far memory rose above what was held before the call, and how that was found.
+
+    On Linux the kernel's own high-water mark of resident memory, reset before the call: nothing is sampled. Elsewhere
+    the peak of the whole process, which is an upper bound.
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - held, "torch.cuda.max_memory_allocated"
+    _return_free_memory()
+    resets = _reset_peak()
+    held = _status_bytes("VmRSS") if resets else _lifetime_peak_bytes()
+    result = call()
+    peak = _status_bytes("VmHWM") if resets else _lifetime_peak_bytes()
+    return result, max(0, peak - held), "VmHWM" if resets else "growth of ru_maxrss"
+
+
+def process_peak_bytes(device: str = "cpu") -> int:
+    """Peak since the last reset, inputs included."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    try:
+        return _status_bytes("VmHWM")
+    except OSError:
+        return _lifetime_peak_bytes()
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def _lifetime_peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _return_free_memory() -> None:
+    """Give freed blocks back, so that a call cannot hide in memory that an earlier one left behind."""
+    libc = ctypes.CDLL(None)
+    # glibc alone has it.
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,0 +1,1 @@
+"""Triton kernels of the same operations. Nothing outside this folder imports Triton."""
