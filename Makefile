@@ -33,9 +33,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_step.py
 
-# About an hour on two cores. BENCH_ARGS comes last and overrides: BENCH_ARGS="--repeats 3 --markdown /tmp/results.md".
+# About three quarters of an hour on two quiet cores. BENCH_ARGS comes last and overrides: BENCH_ARGS="--repeats 7".
 bench-kernels: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.bench_kernels --memory-vocab 151936 --large \
+	$(BIN)/python -m benchmarks.bench_kernels --repeats 3 --memory-vocab 151936 --memory-peers yardstick copd naive compile --large \
 		--by "make bench-kernels" --markdown benchmarks/RESULTS.md $(BENCH_ARGS)
 
 bench-gpu: $(VENV)/.installed-bench

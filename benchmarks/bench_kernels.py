@@ -73,6 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-s", type=float, default=300, help="longest that a peer may take for one request")
     parser.add_argument("--memory-vocab", nargs="+", type=int, default=[], metavar="V", help="memory at these V too")
+    parser.add_argument("--memory-peers", nargs="+", default=[], metavar="PEER", help="whose; default all of --peers")
     parser.add_argument("--large", action="store_true", help="also our op alone at --large-shape, bf16")
     parser.add_argument("--large-shape", nargs=3, type=int, metavar=("N", "D", "V"), default=[4096, 2560, 151936])
     parser.add_argument("--large-limit-s", type=float, default=1800)
@@ -83,6 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     try:
         options.peers = select(options.peers)
+        options.memory_peers = select(options.memory_peers) if options.memory_peers else options.peers
     except ValueError as error:
         parser.error(str(error))
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -157,7 +159,7 @@ class Bench:
         """Memory alone, one peer's process at a time."""
         say(f"memory of {task} {dtype} {_shape(shape)}: inputs")
         self._write("far", task, shape, dtype, GAP, exact=False)
-        rows = [_row(name, task) for name in self.options.peers]
+        rows = [_row(name, task) for name in self.options.memory_peers]
         for row in rows:
             if "failure" not in row:
                 worker = self._worker(row["peer"])

@@ -58,7 +58,7 @@ def test_the_vocabulary_has_384_tokens(encoder):
     assert build_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 
-@given(st.text(string.printable, max_size=60))
+@given(st.text(string.printable, max_size=60).filter(lambda text: "<|" not in text))
 def test_decoding_undoes_encoding(text):
     encoder = text_prompt_encoder()
     assert encoder.decode(encoder.tokenizer(text)["input_ids"]) == text

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import importlib
 import types
+from collections.abc import Callable
 
 import torch
 
-from copd_kernels import _checks, _driver
+from copd_kernels import _checks, _driver, _surrogate
+from copd_kernels._surrogate import Surrogate
 from copd_kernels._types import Gradients, Head
 
 
-def driver(device: torch.device) -> types.ModuleType:
-    """The Triton driver for CUDA (and ROCm) tensors, else the one of the CPU. Triton is imported here, not before."""
-    if device.type != "cuda":
-        return _driver
+def gpu_module(name: str, device: torch.device) -> types.ModuleType:
+    """A module of Triton kernels. Triton is imported here, when a GPU's tensors come, and not before."""
     try:
-        return importlib.import_module("copd_kernels.gpu.driver")
+        return importlib.import_module(f"copd_kernels.gpu.{name}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"copd_kernels on {device} needs {error.name}; install copd-engine[gpu]") from error
+
+
+def driver(device: torch.device) -> types.ModuleType:
+    """The Triton driver for CUDA (and ROCm) tensors, else the one of the CPU."""
+    return gpu_module("driver", device) if device.type == "cuda" else _driver
+
+
+def surrogate(device: torch.device) -> Callable[..., Surrogate]:
+    """:func:`copd_kernels._surrogate.surrogate`, or one launch that computes the same."""
+    if device.type != "cuda":
+        return _surrogate.surrogate
+    fused: Callable[..., Surrogate] = gpu_module("surrogate", device).surrogate
+    return fused
 
 
 def autocast_head(head: Head) -> Head:
     """The head in the dtype that an enclosing ``torch.autocast`` asks of a matrix product."""
     device_type = head.hidden_TD.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return head
     if head.hidden_TD.dtype == torch.float64:
         # As torch.mm does: autocast leaves fp64 alone.

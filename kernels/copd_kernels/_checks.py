@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from copd_kernels._types import Head
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_head(head: Head, vocab_size: int | None, *, prefix: str = "") -> None:
@@ -13,8 +16,8 @@ def check_head(head: Head, vocab_size: int | None, *, prefix: str = "") -> None:
     hidden, weight, bias = f"{prefix}hidden_TD", f"{prefix}weight_VD", f"{prefix}bias_V"
     if hidden_TD.dim() != 2:
         raise ValueError(f"{hidden} must be [T, D], was {list(hidden_TD.shape)}")
-    if not hidden_TD.is_floating_point():
-        raise ValueError(f"{hidden} must be a floating dtype, was {hidden_TD.dtype}")
+    if hidden_TD.dtype not in DTYPES:
+        raise ValueError(f"{hidden} must be fp32, bf16, fp16 or fp64, was {hidden_TD.dtype}")
     if weight_VD.dim() != 2 or weight_VD.shape[1] != hidden_TD.shape[1]:
         raise ValueError(f"{weight} must be [V, D] with D = {hidden_TD.shape[1]}, was {list(weight_VD.shape)}")
     if weight_VD.shape[0] == 0:
@@ -25,6 +28,10 @@ def check_head(head: Head, vocab_size: int | None, *, prefix: str = "") -> None:
         raise ValueError(f"{weight} must be on {hidden_TD.device} like {hidden}, was on {weight_VD.device}")
     if vocab_size is not None and not 1 <= vocab_size <= weight_VD.shape[0]:
         raise ValueError(f"vocab_size must lie in 1..{weight_VD.shape[0]} (rows of {weight}), was {vocab_size}")
+    # The operations would drop a tangent and return a derivative of 0. Dynamo cannot trace the question.
+    for name, tensor in zip((hidden, weight, bias), () if torch.compiler.is_compiling() else head, strict=False):
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(f"{name} must not carry a forward-mode tangent: differentiate in reverse mode")
     if bias_V is None:
         return
     if bias_V.shape != weight_VD.shape[:1]:
@@ -89,11 +96,12 @@ def check_per_token(name: str, values_T: torch.Tensor, hidden_TD: torch.Tensor) 
 
 
 def check_scale(temperature: float, softcap: float | None) -> None:
-    # Written so that NaN fails too.
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be > 0, was {temperature}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be > 0 or None, was {softcap}")
+    for name, value, bound in (("temperature", temperature, "> 0"), ("softcap", softcap, "> 0 or None")):
+        # Written so that NaN fails too.
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be {bound}, was {value}")
+        if value == float("inf"):
+            raise ValueError(f"{name} must be finite, was {value}")
 
 
 def check_chunk_tokens(chunk_tokens: int | None) -> None:
@@ -122,14 +130,21 @@ def check_target_values(target_T: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(f"target_T must lie in 0..{vocab_size - 1} (the vocabulary), was {low}..{high}")
 
 
+def check_shard_target_values(target_T: torch.Tensor) -> None:
+    """Indices into a vocabulary whose size a shard does not know."""
+    if target_T.numel() and (low := int(target_T.min())) < -1:
+        raise ValueError(f"target_T must be >= 0, or -1 for none, was {low}")
+
+
 def check_finite(name: str, hidden_TD: torch.Tensor) -> None:
     """NaN or infinity in hidden states. Costs one pass on a CPU; on a GPU the answer would stall the stream, so there
     NaN goes through to every number of its token."""
     if hidden_TD.device.type != "cpu" or hidden_TD.numel() == 0:
         return
-    broken_T = ~torch.isfinite(hidden_TD.sum(-1, dtype=torch.float64))
-    if broken_T.any():
-        row = int(broken_T.nonzero()[0, 0])
+    # One number per row, to spare a mask of [T, D]. A sum of finite fp64 numbers may overflow: only then look closer.
+    suspects_T = ~torch.isfinite(hidden_TD.sum(-1, dtype=torch.float64))
+    for row in suspects_T.nonzero()[:, 0].tolist():
         values_D = hidden_TD[row]
-        value = values_D[~values_D.isfinite()]
-        raise ValueError(f"{name} must be finite, row {row} (of the tokens that count) holds {value[:1].tolist()}")
+        broken = values_D[~values_D.isfinite()]
+        if broken.numel():
+            raise ValueError(f"{name} must be finite, row {row} (of the tokens that count) holds {broken[:1].tolist()}")

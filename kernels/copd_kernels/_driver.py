@@ -9,27 +9,25 @@ Two ways through the [T, V] plane:
   converted once per pass, and its gradient is complete, and rounded once, when its tile is done; the gradient projects
   again (1 unit per head more). For 16-bit weights, whose gradients cannot be summed up in place.
 
-16-bit products are taken in fp32 on exactly converted inputs, or by AMX into fp32 where there is AMX. Statistics are
-fp32 (fp64 for fp64 inputs).
+Products: _products.py. Statistics are fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import torch
 
-from copd_kernels import _rows, statistics
+from copd_kernels import _products, statistics
+from copd_kernels._products import Gradient, Projection, gradient_of, slices
 from copd_kernels._types import Gradients, Head, Wanted
 
-# The workspace of the way by rows, all heads together; one tile of logits or of converted weights of the way by tiles.
-ROWS_BYTES = 56 * 2**20
-TILE_BYTES = 8 * 2**20
-_TILE_TOKENS = 1024
+# The workspace of the way by rows, all heads together: 512 tokens of two heads at V = 32,768. Fewer tokens at a time
+# make the products slower, and fp32 weight gradients are read and written once per chunk.
+ROWS_BYTES = 128 * 2**20
 
-_ATEN_ROWS = SimpleNamespace(**_rows._ATEN)
+# The heads have their dtype already; products of fp32 or fp64 sums stay what they are.
+_without_autocast = torch.autocast("cpu", enabled=False)
 
 Coefficients = Callable[[slice, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -39,20 +37,6 @@ def statistics_dtype(*heads: Head | None) -> torch.dtype:
     return torch.float64 if fp64 else torch.float32
 
 
-def _row_ops(dtype: torch.dtype) -> SimpleNamespace | types.ModuleType:
-    """The compiled bodies take fp32 alone."""
-    return torch.ops.copd_kernels if dtype == torch.float32 else _ATEN_ROWS
-
-
-def _slices(size: int, step: int) -> Iterator[slice]:
-    for begin in range(0, size, step):
-        yield slice(begin, min(begin + step, size))
-
-
-def _is_16_bit(head: Head) -> bool:
-    return head.hidden_TD.dtype in (torch.bfloat16, torch.float16)
-
-
 def _rows_step(num_tokens: int, row_bytes: int) -> int:
     """Tokens of a chunk by rows: chunks of equal size, in multiples of 16, that fit the workspace."""
     most = max(16, ROWS_BYTES // row_bytes // 16 * 16)
@@ -60,105 +44,16 @@ def _rows_step(num_tokens: int, row_bytes: int) -> int:
     return min(most, -(-num_tokens // num_chunks // 16) * 16) if num_tokens else most
 
 
-def _tile_step(head: Head) -> int:
-    """Vocabulary entries of a tile: as many converted weights as fit, or as many logits of a chunk."""
-    return max(64, min(TILE_BYTES // 4 // max(1, head.hidden_TD.shape[1]), TILE_BYTES // 4 // _TILE_TOKENS))
-
-
-class _Projection:
-    """Products with one head, whatever the dtype of its inputs; its last converted tile of weights is kept."""
-
-    def __init__(self, head: Head, temperature: float, softcap: float, dtype: torch.dtype) -> None:
-        self.head, self._temperature, self._softcap = head, temperature, softcap
-        self._rows = _row_ops(dtype)
-        self._bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
-        self._converts = _is_16_bit(head)
-        self._kept: tuple[slice, torch.Tensor] | None = None
-
-    def weight(self, tile: slice) -> torch.Tensor:
-        """Rows of the weight in the dtype of the products."""
-        if not self._converts:
-            return self.head.weight_VD[tile]
-        if self._kept is None or self._kept[0] != tile:
-            self._kept = None
-            self._kept = tile, self.head.weight_VD[tile].float()
-        return self._kept[1]
-
-    def hidden(self, rows: slice) -> torch.Tensor:
-        hidden_CD = self.head.hidden_TD[rows]
-        return hidden_CD.float() if self._converts else hidden_CD
-
-    def logits_(self, rows: slice, tile: slice, out_CV: torch.Tensor) -> None:
-        """Logits of a chunk of tokens and a tile of the vocabulary, into ``out_CV``."""
-        if not self._amx(rows, tile, out_CV):
-            step = _tile_step(self.head) if self._converts else tile.stop - tile.start
-            hidden_CD = self.hidden(rows)
-            for part in _slices(tile.stop - tile.start, max(1, step)):
-                weight = self.weight(slice(tile.start + part.start, tile.start + part.stop))
-                target = out_CV[:, part]
-                if weight.dtype == out_CV.dtype:
-                    torch.mm(hidden_CD, weight.T, out=target)
-                else:
-                    target.copy_(hidden_CD @ weight.T)
-        bias = None if self._bias_V is None else self._bias_V[tile]
-        self._rows.prepare_(out_CV, bias, self._temperature, self._softcap)
-
-    def _amx(self, rows: slice, tile: slice, out_CV: torch.Tensor) -> bool:
-        if self.head.hidden_TD.dtype != torch.bfloat16 or not hasattr(torch.ops.copd_kernels, "bf16_logits_"):
-            return False
-        if out_CV.dtype != torch.float32:
-            # Beside an fp64 policy.
-            return False
-        return bool(torch.ops.copd_kernels.bf16_logits_(self.head.hidden_TD[rows], self.head.weight_VD[tile], out_CV))
-
-
-class _Gradient:
-    """Gradients of hidden, weight and bias, in the statistics dtype until they are complete."""
-
-    def __init__(self, projection: _Projection, wanted: Wanted, dtype: torch.dtype) -> None:
-        self._projection = projection
-        hidden_TD, weight_VD, _ = projection.head
-        self.hidden_TD = torch.empty_like(hidden_TD, dtype=dtype) if wanted[0] else None
-        self.weight_VD = torch.empty_like(weight_VD) if wanted[1] else None
-        self.bias_V = weight_VD.new_zeros(weight_VD.shape[0], dtype=dtype) if wanted[2] else None
-
-    def add_rows(self, rows: slice, grad_CV: torch.Tensor) -> None:
-        """The gradient of a chunk's logits over the whole vocabulary; weights of the statistics dtype only."""
-        weight_VD, hidden_CD = self._projection.head.weight_VD, self._projection.head.hidden_TD[rows]
-        if self.hidden_TD is not None:
-            torch.mm(grad_CV, weight_VD, out=self.hidden_TD[rows])
-        if self.weight_VD is not None:
-            if rows.start == 0:
-                torch.mm(grad_CV.T, hidden_CD, out=self.weight_VD)
-            else:
-                self.weight_VD.addmm_(grad_CV.T, hidden_CD)
-        if self.bias_V is not None:
-            self.bias_V += grad_CV.sum(0)
-
-    def add_tile(self, rows: slice, tile: slice, grad_CV: torch.Tensor, weight_grad_vD: torch.Tensor | None) -> None:
-        """The gradient of a chunk's logits over a tile; ``weight_grad_vD`` gathers that of the tile's weights."""
-        weight_vD, hidden_CD = self._projection.weight(tile), self._projection.hidden(rows)
-        grad_CV = grad_CV.to(weight_vD.dtype)
-        if self.hidden_TD is not None:
-            hidden = self.hidden_TD[rows]
-            if tile.start == 0:
-                hidden.zero_()
-            if hidden.dtype == weight_vD.dtype:
-                hidden.addmm_(grad_CV, weight_vD)
-            else:
-                hidden += grad_CV @ weight_vD
-        if weight_grad_vD is not None:
-            weight_grad_vD.addmm_(grad_CV.T, hidden_CD)
-        if self.bias_V is not None:
-            self.bias_V[tile] += grad_CV.sum(0)
-
-    def finish(self) -> Gradients:
-        hidden_TD, _, bias_V = self._projection.head
-        return (
-            None if self.hidden_TD is None else self.hidden_TD.to(hidden_TD.dtype),
-            self.weight_VD,
-            None if self.bias_V is None else self.bias_V.to(hidden_TD.dtype if bias_V is None else bias_V.dtype),
-        )
+def _scale(stats_FT: torch.Tensor, coefs_FT: torch.Tensor) -> torch.Tensor:
+    """About the largest entry of each row of the gradient, ``[T]``: which entries are large is all that hangs on it."""
+    log_top_T = -stats_FT[statistics.TAIL].log1p()
+    entropy_T = -log_top_T - stats_FT[statistics.MEAN]
+    slope_T = coefs_FT[0].abs() + coefs_FT[1].abs() * (log_top_T + entropy_T).abs()
+    if len(stats_FT) == statistics.NUM_DUAL:
+        # The gap deviates from its mean by about sqrt(2 KL).
+        kl_T, _ = statistics.divergences(stats_FT)
+        slope_T = slope_T + coefs_FT[3:].abs().sum(0) * (2 * kl_T).sqrt()
+    return log_top_T.exp() * slope_T
 
 
 class _Pass:
@@ -178,23 +73,26 @@ class _Pass:
         self.temperature, self.softcap, self.chunk_tokens = temperature, softcap, chunk_tokens
         self.num_tokens, self.vocab_size = student.hidden_TD.shape[0], student.weight_VD.shape[0]
         self.dtype = statistics_dtype(student, teacher)
-        self.rows = _row_ops(self.dtype)
+        self.rows = _products.row_ops(self.dtype)
         self.target_T = (
             torch.full((self.num_tokens,), -1, dtype=torch.int64, device=student.hidden_TD.device)
             if target_T is None
             else target_T
         )
         self.heads = [
-            _Projection(head, temperature, softcap, self.dtype) for head in (student, teacher) if head is not None
+            Projection(head, temperature, softcap, self.dtype) for head in (student, teacher) if head is not None
         ]
 
     def rows_step(self) -> int:
         row_bytes = self.vocab_size * self.dtype.itemsize * len(self.heads)
         return self.chunk_tokens or _rows_step(self.num_tokens, row_bytes)
 
+    def tile_tokens(self) -> int:
+        return self.chunk_tokens or _products.TILE_TOKENS
+
     def buffers(self, num_rows: int, num_columns: int) -> list[torch.Tensor]:
         size = (min(num_rows, self.num_tokens), min(num_columns, self.vocab_size))
-        return [self.student.hidden_TD.new_empty(size, dtype=self.dtype) for _ in self.heads]
+        return [_products.empty(self.student.hidden_TD, size, self.dtype) for _ in self.heads]
 
     def empty_statistics(self, num_tokens: int) -> torch.Tensor:
         num_rows = statistics.NUM_SINGLE if self.teacher is None else statistics.NUM_DUAL
@@ -260,9 +158,9 @@ class _Pass:
         whole = slice(0, self.vocab_size)
         step = self.rows_step()
         buffers = self.buffers(step, self.vocab_size)
-        gradient = _Gradient(self.heads[0], wanted, self.dtype)
+        gradient = Gradient(self.heads[0], wanted, self.dtype)
         stats, seconds, overlaps = [self.empty_statistics(0)], [self.empty_statistics(0)[:3]], []
-        for rows in _slices(self.num_tokens, step):
+        for rows in slices(self.num_tokens, step):
             chunk = self.logits(buffers, rows, whole)
             stats_FC = self.empty_statistics(rows.stop - rows.start)
             self.add_statistics(chunk, rows, whole, stats_FC)
@@ -279,8 +177,6 @@ class _Pass:
             stats.append(stats_FC)
             if second_3C is not None:
                 seconds.append(second_3C)
-        if self.num_tokens == 0 and gradient.weight_VD is not None:
-            gradient.weight_VD.zero_()
         overlap_T = torch.cat(overlaps) if overlaps else self.empty_statistics(0)[0]
         return (
             torch.cat(stats, -1),
@@ -293,7 +189,7 @@ class _Pass:
         """Overlap alone, fp32 ``[T]``."""
         whole, step = slice(0, self.vocab_size), self.rows_step()
         buffers, overlaps = self.buffers(step, self.vocab_size), [self.empty_statistics(0)[0].float()]
-        for rows in _slices(self.num_tokens, step):
+        for rows in slices(self.num_tokens, step):
             chunk = self.logits(buffers, rows, whole)
             overlap_C = self.overlap(chunk, rows, top_k).float()
             # Comparisons with NaN are False: without this a broken row would read as "no overlap".
@@ -302,11 +198,11 @@ class _Pass:
         return torch.cat(overlaps)
 
     def statistics_by_tiles(self) -> torch.Tensor:
-        chunks = list(_slices(self.num_tokens, self.chunk_tokens or _TILE_TOKENS))
+        chunks = list(slices(self.num_tokens, self.tile_tokens()))
         stats = [self.empty_statistics(rows.stop - rows.start) for rows in chunks]
-        step = min(_tile_step(projection.head) for projection in self.heads)
-        buffers = self.buffers(self.chunk_tokens or _TILE_TOKENS, step)
-        for tile in _slices(self.vocab_size, step):
+        step = min(_products.tile_step(projection.head) for projection in self.heads)
+        buffers = self.buffers(self.tile_tokens(), step)
+        for tile in slices(self.vocab_size, step):
             for rows, stats_FC in zip(chunks, stats, strict=True):
                 self.add_statistics(self.logits(buffers, rows, tile), rows, tile, stats_FC)
         return torch.cat([self.empty_statistics(0), *stats], -1)
@@ -320,9 +216,10 @@ class _Pass:
         wanted: Wanted,
     ) -> Gradients:
         """Logits again, their gradient in their place, and the products; statistics of the whole vocabulary."""
-        gradient = _Gradient(self.heads[0], wanted, self.dtype)
+        gradient = gradient_of(self.heads[0], wanted, self.dtype)
         if not any(wanted):
             return gradient.finish()
+        scale_T = _scale(stats_FT, coefs)
         chunks = [
             (
                 rows,
@@ -330,23 +227,21 @@ class _Pass:
                 None if second_3T is None else second_3T[:, rows].contiguous(),
                 coefs[:, rows].contiguous(),
             )
-            for rows in _slices(self.num_tokens, self.chunk_tokens or _TILE_TOKENS)
+            for rows in slices(self.num_tokens, self.tile_tokens())
         ]
-        step = min(_tile_step(projection.head) for projection in self.heads)
-        buffers = self.buffers(self.chunk_tokens or _TILE_TOKENS, step)
-        for tile in _slices(self.vocab_size, step):
-            tile_grad_vD = None
-            if gradient.weight_VD is not None:
-                tile_grad_vD = torch.zeros_like(self.heads[0].weight(tile))
+        step = min(_products.tile_step(projection.head) for projection in self.heads)
+        buffers = self.buffers(self.tile_tokens(), step)
+        for tile in slices(self.vocab_size, step):
+            gradient.begin_tile(tile)
             for rows, stats_FC, second_3C, coefs_C in chunks:
                 chunk = self.logits(buffers, rows, tile)
                 grad_CV = self.gradient_(chunk, rows, tile, stats_FC, second_3C, coefs_C, beta)
-                gradient.add_tile(rows, tile, grad_CV, tile_grad_vD)
-            if gradient.weight_VD is not None and tile_grad_vD is not None:
-                gradient.weight_VD[tile] = tile_grad_vD
+                gradient.add_tile(rows, tile, grad_CV, scale_T[rows])
+            gradient.end_tile(tile)
         return gradient.finish()
 
 
+@_without_autocast
 def single_statistics(
     head: Head,
     target_T: torch.Tensor | None,
@@ -360,6 +255,7 @@ def single_statistics(
     return _Pass(head, None, target_T, temperature, softcap, chunk_tokens, v_begin).statistics_by_tiles()
 
 
+@_without_autocast
 def dual_statistics(
     student: Head,
     teacher: Head,
@@ -379,6 +275,7 @@ def dual_statistics(
     return plane.by_rows(second_beta=second_beta, top_k=top_k)[:3]
 
 
+@_without_autocast
 def single_gradient(
     head: Head,
     target_T: torch.Tensor | None,
@@ -397,6 +294,7 @@ def single_gradient(
     )
 
 
+@_without_autocast
 def dual_gradient(
     student: Head,
     teacher: Head,
@@ -417,6 +315,7 @@ def dual_gradient(
     return plane.gradient_by_tiles(stats_12T, second_3T, coefs_6T, beta, wanted)
 
 
+@_without_autocast
 def fused(
     student: Head,
     teacher: Head | None,
@@ -429,14 +328,15 @@ def fused(
     softcap: float,
     wanted: Wanted,
     chunk_tokens: int = 0,
+    low_memory: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Gradients]:
     """Statistics, ``coefficients(rows, stats, second)`` of them, and the gradients that these make.
 
-    One projection per head (by rows); 16-bit weights whose gradient is wanted project twice (by tiles).
+    One projection per head (by rows); two (by tiles) for ``low_memory``, and for a gradient of 16-bit weights.
     """
     plane = _Pass(student, teacher, target_T, temperature, softcap, chunk_tokens)
-    mixed = student.weight_VD.dtype != plane.dtype
-    if not (mixed and any(wanted)):
+    by_tiles = low_memory or student.weight_VD.dtype != plane.dtype
+    if not (by_tiles and any(wanted)):
         return plane.by_rows(second_beta=second_beta, top_k=top_k, coefficients=coefficients, wanted=wanted)
     if second_beta is None and top_k == 0:
         stats, second, overlap = plane.statistics_by_tiles(), None, None
@@ -446,6 +346,7 @@ def fused(
     return stats, second, overlap, plane.gradient_by_tiles(stats, second, coefs, second_beta or 0.5, wanted)
 
 
+@_without_autocast
 def topk_overlap(student: Head, teacher: Head, *, top_k: int, chunk_tokens: int = 0) -> torch.Tensor:
     """Overlap of the top k, fp32 ``[T]``. 2 units."""
     plane = _Pass(student, teacher, None, 1.0, 0.0, chunk_tokens)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from copd_kernels import reference
+from copd_kernels import _backend, reference
 from copd_kernels._library import native_available
 
 
@@ -24,6 +24,18 @@ torch.library.define(
 # The body for every device without one of its own; csrc/group_advantages.cpp registers the CPU's.
 torch.library.impl("copd_kernels::group_advantages", "CompositeExplicitAutograd", reference.group_advantages)
 native_available()
+
+
+def _cuda(
+    rewards_B: torch.Tensor, group_ids_B: torch.Tensor, mode: str, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found: tuple[torch.Tensor, torch.Tensor] = _backend.gpu_module("advantages", rewards_B.device).group_advantages(
+        rewards_B, group_ids_B, mode, eps
+    )
+    return found
+
+
+torch.library.impl("copd_kernels::group_advantages", "cuda", _cuda)
 
 
 @torch.library.register_fake("copd_kernels::group_advantages")
@@ -48,4 +60,6 @@ def group_advantages(
 
     Raises ValueError on a wrong rank, size, dtype or mode, and on group ids out of order.
     """
+    if group_ids_B.device != rewards_B.device:
+        raise ValueError(f"group_ids_B must be on {rewards_B.device} like rewards_B, was on {group_ids_B.device}")
     return GroupAdvantages(*torch.ops.copd_kernels.group_advantages(rewards_B, group_ids_B, mode, eps))

@@ -38,6 +38,7 @@ _DIFFERENTIABLE = {"student_logp_T", "kl_student_teacher_T", "kl_teacher_student
     "delta_T",
     "jsd_T",
 }
+_OF_TARGET = ("student_logp_T", "teacher_logp_T", "delta_T")
 
 
 def divergence_columns(
@@ -103,6 +104,8 @@ def _linear_divergence(
         chunk_tokens=chunk_tokens,
     )
     columns = divergence_columns(stats_12T, second_3T, overlap_T)
+    if target_T is None:
+        columns[[Divergence._fields.index(name) for name in _OF_TARGET]] = 0
     return tokens.put_last(columns), tokens.put_last(stats_12T), tokens.put_last(second_3T)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 
 from copd_kernels import _backend, _checks, _driver, statistics
-from copd_kernels._surrogate import KL_ESTIMATORS, surrogate
+from copd_kernels._surrogate import KL_ESTIMATORS
 from copd_kernels._types import Head
 from copd_kernels.linear_divergence import NUM_FIELDS, Divergence, divergence_columns
 
@@ -34,7 +35,14 @@ class PolicyLoss(NamedTuple):
     num_kl_tokens: torch.Tensor
 
     def metrics(self, loss_weight_T: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over the tokens whose ``loss_weight_T`` is not 0, as 0-dim tensors (NaN without such a token)."""
+        """Means over the tokens whose ``loss_weight_T`` is not 0, as 0-dim tensors (NaN without such a token).
+
+        Raises ValueError unless ``loss_weight_T`` is ``[T]``.
+        """
+        if loss_weight_T.shape != self.logp_T.shape:
+            raise ValueError(
+                f"loss_weight_T must be [T] with T = {self.logp_T.shape[0]}, was {list(loss_weight_T.shape)}"
+            )
         counted_T = loss_weight_T != 0
         columns = {"clip_fraction": self.clipped_T, "ratio": self.ratio_T, "entropy": self.entropy_T, "kl": self.kl_T}
         if self.teacher is not None:
@@ -81,6 +89,7 @@ def _linear_policy_loss(
     temperature: float,
     softcap: float,
     chunk_tokens: int,
+    low_memory: bool,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss ``[]``, columns ``[6 (+ 11), T]``, counts ``[3]``, gradients of hidden, weight and bias."""
@@ -93,6 +102,9 @@ def _linear_policy_loss(
     target_T = tokens.take(target_T)
     _checks.check_target_values(target_T, vocab_size)
     dtype = _driver.statistics_dtype(student, teacher)
+    surrogate = functools.partial(
+        _backend.surrogate(hidden_TD.device), clip_low=clip_low, clip_high=clip_high, kl_estimator=kl_estimator
+    )
     per_token = [
         None if values_T is None else tokens.take(values_T).to(dtype)
         for values_T in (advantage_T, old_logp_T, loss_weight_T, reference_logp_T, kl_weight_T)
@@ -101,13 +113,7 @@ def _linear_policy_loss(
 
     def coefficients(rows: slice, stats_FC: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
         logp_C = statistics.head_finals(stats_FC).logp_T
-        part = surrogate(
-            logp_C,
-            *(None if values_T is None else values_T[rows] for values_T in per_token),
-            clip_low=clip_low,
-            clip_high=clip_high,
-            kl_estimator=kl_estimator,
-        )
+        part = surrogate(logp_C, *(None if values_T is None else values_T[rows] for values_T in per_token))
         zeros_C = torch.zeros_like(logp_C)
         coefs = [-part.grad_logp_T, zeros_C, part.grad_logp_T]
         if teacher is not None:
@@ -130,9 +136,10 @@ def _linear_policy_loss(
         softcap=softcap,
         wanted=tuple(wanted),
         chunk_tokens=chunk_tokens,
+        low_memory=low_memory,
     )
     logp_T, entropy_T, _ = statistics.head_finals(stats)
-    whole = surrogate(logp_T, *per_token, clip_low=clip_low, clip_high=clip_high, kl_estimator=kl_estimator)
+    whole = surrogate(logp_T, *per_token)
     loss_T = whole.loss_T
     columns = torch.stack([logp_T, entropy_T, whole.ratio_T, whole.clipped_T.to(dtype), loss_T, whole.kl_T])
     if teacher is not None:
@@ -170,26 +177,55 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    # Otherwise autograd makes zeros for the outputs without a gradient, one of them as large as the weight.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
     ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
     ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
     ctx.gradients = list(output[3:])
 
 
-def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+@torch.library.custom_op("copd_kernels::linear_policy_loss_backward", mutates_args=())
+def _scaled(
+    gradient: torch.Tensor,
+    grad_loss: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient in a graph of its own, where it depends on the inputs: to differentiate it again is an error."""
+    return gradient * grad_loss.to(gradient.dtype)
+
+
+@_scaled.register_fake
+def _(gradient: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(gradient)
+
+
+def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Scale the gradients of forward in place and give them away: no second copy of dW ever exists.
 
     A second backward over the same graph finds them gone, and computes them again.
     """
+    if grad_loss is None:
+        return (None,) * len(ctx.others)
+    tensors = iter(ctx.saved_tensors)
+    inputs = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
-        tensors = iter(ctx.saved_tensors)
-        inputs = [next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
         gradients = list(_linear_policy_loss(*inputs)[3:])
-    # Under torch.compile tensors are traced as subclasses of Tensor; there the compiler places the buffers.
-    scale = torch.Tensor.mul_ if type(grad_loss) is torch.Tensor else torch.mul
     wanted = ctx.others[-1]
-    scaled = (scale(gradient, grad_loss) if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    scaled: list[torch.Tensor | None] = []
+    for gradient, want in zip(gradients, wanted, strict=True):
+        if not want:
+            scaled.append(None)
+        elif torch.is_grad_enabled():
+            scaled.append(_scaled(gradient, grad_loss, *inputs[:3]))
+        elif type(grad_loss) is torch.Tensor:
+            scaled.append(gradient.mul_(grad_loss))
+        else:
+            # Under torch.compile tensors are traced as subclasses of Tensor; there the compiler places the buffers.
+            scaled.append(gradient * grad_loss)
     return (*scaled, *(None,) * (len(ctx.others) - 3))
 
 
@@ -222,6 +258,7 @@ def linear_policy_loss(
     mask_T: torch.Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    low_memory: bool = False,
 ) -> PolicyLoss:
     """The sum over tokens of up to three terms, from one projection of the student (and one of the teacher):
 
@@ -235,12 +272,15 @@ def linear_policy_loss(
       (half its square) or ``k3`` (exp(ref - logp) - 1 - (ref - logp)), differentiated as written.
 
     Per-token arguments are floating ``[T]`` without grad; the others are those of
-    :func:`copd_kernels.linear_divergence`. ``top_k`` > 0 measures the overlap with the teacher as well.
+    :func:`copd_kernels.linear_divergence`. ``top_k`` > 0 (on a GPU at most 32) measures the overlap with the
+    teacher as well. ``low_memory``: no logits of a chunk are stored, they are made again for the gradient: less memory,
+    2 units more (1 without a teacher).
 
     Returns the scalar ``loss`` in fp32 (fp64 for fp64 inputs), differentiable once with respect to hidden, weight and
     bias, and detached per-token tensors; ``loss_T`` sums to the loss. ``clipped_T`` is True where the token's gradient
     is cut: rho > 1 + clip_high with A > 0, or rho < 1 - clip_low with A < 0. ``num_*_tokens`` count weights other than
-    0. The gradients are computed in forward, in the memory of one chunk of logits; a frozen weight costs nothing.
+    0. The gradients are computed in forward, in the memory of one chunk of logits; a frozen weight costs nothing. A
+    loss that is scaled afterwards scales them as they are: by a factor other than a power of two 16 bits round twice.
 
     Raises ValueError on what the other operations raise it for, on a per-token argument that requires grad, on terms
     with arguments missing, clip_low outside [0, 1], clip_high < 0, an unknown divergence or estimator.
@@ -255,8 +295,16 @@ def linear_policy_loss(
         teacher = _backend.autocast_head(Head(teacher_hidden_TD.detach(), teacher_weight_VD.detach(), teacher_bias_V))
         _checks.check_head(head, vocab_size)
         common = _checks.check_pair(head, Head(*teacher), vocab_size)
-    elif divergence_weight_T is not None:
-        raise ValueError("divergence_weight_T needs a teacher: give teacher_hidden_TD and teacher_weight_VD")
+    elif unused := [
+        name
+        for name, is_given in {
+            "divergence_weight_T": divergence_weight_T is not None,
+            "teacher_bias_V": teacher_bias_V is not None,
+            "top_k": top_k != 0,
+        }.items()
+        if is_given
+    ]:
+        raise ValueError(f"{', '.join(unused)} needs a teacher: give teacher_hidden_TD and teacher_weight_VD")
     else:
         _checks.check_head(head, vocab_size)
     _checks.check_target(target_T, hidden_TD)
@@ -304,6 +352,7 @@ def linear_policy_loss(
         float(temperature),
         float(softcap or 0),
         chunk_tokens or 0,
+        low_memory,
         _backend.wanted_gradients(head),
     )
     logp_T, entropy_T, ratio_T, clipped_T, loss_T, kl_T, *fields = columns.unbind()

@@ -7,6 +7,7 @@ fp64 when the inputs are: fp64 inputs give the truth that the operations are jud
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -222,6 +223,8 @@ def group_advantages(
         raise ValueError(f"rewards_B must be [B], was {list(rewards_B.shape)}")
     if not rewards_B.is_floating_point():
         raise ValueError(f"rewards_B must be a floating dtype, was {rewards_B.dtype}")
+    if rewards_B.requires_grad:
+        raise ValueError("rewards_B must not require grad: advantages have no gradient")
     if group_ids_B.dtype != torch.int64:
         raise ValueError(f"group_ids_B must be int64, was {group_ids_B.dtype}")
     if group_ids_B.shape != rewards_B.shape:
@@ -230,8 +233,18 @@ def group_advantages(
         )
     if mode not in ("population", "sample", "none", "rloo"):
         raise ValueError(f"mode must be 'population', 'sample', 'none' or 'rloo', was {mode!r}")
-    if rewards_B.numel() and bool((group_ids_B[:1] < 0).any() | (group_ids_B.diff() < 0).any()):
-        raise ValueError("group_ids_B must be non-negative and non-decreasing, so that a group is one run")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be >= 0 and finite, was {eps}")
+    if group_ids_B.device != rewards_B.device:
+        raise ValueError(f"group_ids_B must be on {rewards_B.device} like rewards_B, was on {group_ids_B.device}")
+    before_B = torch.cat([group_ids_B.new_zeros(1), group_ids_B])[:-1]
+    out_of_order = (group_ids_B < before_B).nonzero()[:, 0]
+    if out_of_order.numel():
+        position = int(out_of_order[0])
+        raise ValueError(
+            "group_ids_B must be non-negative and non-decreasing, so that a group is one run; position "
+            f"{position} holds {int(group_ids_B[position])} after {int(before_B[position])}"
+        )
 
     rewards = rewards_B.double()
     _, group_B, size_G = group_ids_B.unique_consecutive(return_inverse=True, return_counts=True)

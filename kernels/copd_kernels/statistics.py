@@ -119,10 +119,13 @@ def _merge_gap(
 def merge_statistics(parts_SFT: torch.Tensor) -> torch.Tensor:
     """Statistics of the union of S disjoint sets of vocabulary entries: ``[S, 4, T]`` to ``[4, T]``, or 12 rows.
 
-    fp32 or fp64. The order of the parts changes the result by rounding only. Raises ValueError on another shape.
+    fp32 or fp64. The order of the parts changes the result by rounding only. Raises ValueError on another shape or
+    dtype.
     """
     if parts_SFT.dim() != 3 or parts_SFT.shape[0] == 0 or parts_SFT.shape[1] not in (NUM_SINGLE, NUM_DUAL):
         raise ValueError(f"parts_SFT must be [S, 4, T] or [S, 12, T] with S >= 1, was {list(parts_SFT.shape)}")
+    if parts_SFT.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"parts_SFT must be fp32 or fp64, was {parts_SFT.dtype}")
     student_FT, student_share_ST = _merge_head(parts_SFT[:, :4])
     if parts_SFT.shape[1] == NUM_SINGLE:
         return student_FT
@@ -139,6 +142,11 @@ def merge_statistics(parts_SFT: torch.Tensor) -> torch.Tensor:
     return torch.cat([student_FT, teacher_FT, gap_FT, teacher_gap_FT])
 
 
+def _check_rows(stats_FT: torch.Tensor, num_rows: int) -> None:
+    if stats_FT.dim() != 2 or stats_FT.shape[0] < num_rows:
+        raise ValueError(f"stats_FT must be [{num_rows}, T], was {list(stats_FT.shape)}")
+
+
 class HeadFinals(NamedTuple):
     """What the statistics of the whole vocabulary say of one head, each ``[T]``."""
 
@@ -148,7 +156,11 @@ class HeadFinals(NamedTuple):
 
 
 def head_finals(stats_FT: torch.Tensor) -> HeadFinals:
-    """Log-prob of the target (-inf where it is in no set), entropy in nats and log-sum-exp, from rows 0 to 3."""
+    """Log-prob of the target (-inf where it is in no set), entropy in nats and log-sum-exp, from rows 0 to 3.
+
+    Raises ValueError where rows are missing.
+    """
+    _check_rows(stats_FT, NUM_SINGLE)
     max_T, tail_T, mean_T, target_T = stats_FT[:4].unbind()
     log_mass_T = tail_T.log1p()
     return HeadFinals((target_T - max_T) - log_mass_T, log_mass_T - mean_T, max_T + log_mass_T)
@@ -171,7 +183,11 @@ def lse_difference(stats_FT: torch.Tensor) -> torch.Tensor:
 
 
 def divergences(stats_FT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(student || teacher) and KL(teacher || student), nats ``[T]``, never negative."""
+    """KL(student || teacher) and KL(teacher || student), nats ``[T]``, never negative.
+
+    Raises ValueError where rows are missing.
+    """
+    _check_rows(stats_FT, NUM_DUAL)
     student, teacher = head_finals(stats_FT[:4]), head_finals(stats_FT[4:8])
     difference_T = student.lse_T - teacher.lse_T
     result = []

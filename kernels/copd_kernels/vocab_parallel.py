@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from copd_kernels import _backend, _checks
+from copd_kernels import _backend, _checks, _driver, statistics
 from copd_kernels._types import Head
 
 
@@ -32,14 +32,51 @@ class ShardGradients(NamedTuple):
 
 
 def _check(
-    head: Head, target_T: torch.Tensor | None, vocab_begin: int, temperature: float, softcap: float | None
+    student: Head,
+    teacher: Head | None,
+    target_T: torch.Tensor | None,
+    vocab_begin: int,
+    temperature: float,
+    softcap: float | None,
 ) -> None:
-    _checks.check_head(head, None)
+    if teacher is None:
+        _checks.check_head(student, None)
+        _checks.check_finite("hidden_TD", student.hidden_TD)
+    else:
+        _checks.check_pair(student, teacher, None)
+        _checks.check_finite("student_hidden_TD", student.hidden_TD)
+        _checks.check_finite("teacher_hidden_TD", teacher.hidden_TD)
     if target_T is not None:
-        _checks.check_target(target_T, head.hidden_TD)
+        _checks.check_target(target_T, student.hidden_TD)
+        _checks.check_shard_target_values(target_T)
     _checks.check_scale(temperature, softcap)
     if vocab_begin < 0:
         raise ValueError(f"vocab_begin must be >= 0, was {vocab_begin}")
+
+
+def _check_upstream(
+    merged_FT: torch.Tensor,
+    num_rows: int,
+    student: Head,
+    teacher: Head | None,
+    target_T: torch.Tensor | None,
+    gradients: dict[str, torch.Tensor | None],
+) -> None:
+    """Merged statistics and the gradients that come from above: of the tokens, dtype and device of the heads."""
+    hidden_TD = student.hidden_TD
+    name, shape = f"merged_{num_rows}T", [num_rows, hidden_TD.shape[0]]
+    dtype = _driver.statistics_dtype(student, teacher)
+    if list(merged_FT.shape) != shape:
+        raise ValueError(f"{name} must be [{num_rows}, T] with T = {shape[1]}, was {list(merged_FT.shape)}")
+    if merged_FT.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} for these heads, was {merged_FT.dtype}")
+    if merged_FT.device != hidden_TD.device:
+        raise ValueError(f"{name} must be on {hidden_TD.device}, was on {merged_FT.device}")
+    for name, gradient_T in gradients.items():
+        if gradient_T is not None:
+            _checks.check_per_token(name, gradient_T, hidden_TD)
+    if target_T is None and gradients["grad_logp_T"] is not None:
+        raise ValueError("grad_logp_T must be None without target_T, was given: there is no log-prob")
 
 
 @torch.no_grad()
@@ -55,14 +92,15 @@ def single_statistics(
 ) -> torch.Tensor:
     """Statistics ``[4, T]`` of the shard whose rows are the entries ``vocab_begin`` .. ``vocab_begin + V - 1``.
 
-    ``target_T`` int64 ``[T]`` are indices into the whole vocabulary; a target of another shard is normal. The other
-    arguments are those of :func:`copd_kernels.linear_logprob`, the rows are described in ``statistics.py``. Without
-    grad.
+    ``target_T`` int64 ``[T]`` are indices into the whole vocabulary, -1 for none; a target of another shard is normal.
+    The other arguments are those of :func:`copd_kernels.linear_logprob`, the rows are described in ``statistics.py``.
+    Without grad.
 
-    Raises ValueError on a wrong rank, size, dtype or device, temperature or softcap <= 0, vocab_begin < 0.
+    Raises ValueError on a wrong rank, size, dtype or device, a target < -1, temperature or softcap <= 0, vocab_begin <
+    0, and, on a CPU, hidden states that are not finite.
     """
     head = Head(hidden_TD, weight_VD, bias_V)
-    _check(head, target_T, vocab_begin, temperature, softcap)
+    _check(head, None, target_T, vocab_begin, temperature, softcap)
     return _backend.driver(hidden_TD.device).single_statistics(
         head, target_T, temperature=float(temperature), softcap=float(softcap or 0), v_begin=vocab_begin
     )
@@ -89,8 +127,7 @@ def dual_statistics(
     """
     student = Head(student_hidden_TD, student_weight_VD, student_bias_V)
     teacher = Head(teacher_hidden_TD, teacher_weight_VD, teacher_bias_V)
-    _check(student, target_T, vocab_begin, temperature, softcap)
-    _checks.check_pair(student, teacher, None)
+    _check(student, teacher, target_T, vocab_begin, temperature, softcap)
     stats_12T, _, _ = _backend.driver(student_hidden_TD.device).dual_statistics(
         student,
         teacher,
@@ -125,10 +162,13 @@ def single_gradient(
 ) -> ShardGradients:
     """The shard's gradients from the merged statistics and the gradients of log-prob, entropy and lse ``[T]``.
 
-    Raises as :func:`single_statistics`.
+    Raises as :func:`single_statistics`, on statistics and gradients of another shape, dtype or device, and on a
+    gradient of the log-prob without targets.
     """
     head = Head(hidden_TD, weight_VD, bias_V)
-    _check(head, target_T, vocab_begin, temperature, softcap)
+    _check(head, None, target_T, vocab_begin, temperature, softcap)
+    upstream = {"grad_logp_T": grad_logp_T, "grad_entropy_T": grad_entropy_T, "grad_lse_T": grad_lse_T}
+    _check_upstream(merged_4T, statistics.NUM_SINGLE, head, None, target_T, upstream)
     logp_T, entropy_T, lse_T = (
         _gradient_or_zero(gradient_T, merged_4T[0]) for gradient_T in (grad_logp_T, grad_entropy_T, grad_lse_T)
     )
@@ -165,12 +205,18 @@ def dual_gradient(
     softcap: float | None = None,
 ) -> ShardGradients:
     """The student shard's gradients from the merged statistics and the gradients of the student's log-prob and entropy
-    and of both KL, ``[T]``: reverse is KL(student || teacher). Raises as :func:`single_statistics`.
+    and of both KL, ``[T]``: reverse is KL(student || teacher). Raises as :func:`single_gradient`.
     """
     student = Head(student_hidden_TD, student_weight_VD, student_bias_V)
     teacher = Head(teacher_hidden_TD, teacher_weight_VD, teacher_bias_V)
-    _check(student, target_T, vocab_begin, temperature, softcap)
-    _checks.check_pair(student, teacher, None)
+    _check(student, teacher, target_T, vocab_begin, temperature, softcap)
+    upstream = {
+        "grad_logp_T": grad_logp_T,
+        "grad_entropy_T": grad_entropy_T,
+        "grad_reverse_kl_T": grad_reverse_kl_T,
+        "grad_forward_kl_T": grad_forward_kl_T,
+    }
+    _check_upstream(merged_12T, statistics.NUM_DUAL, student, teacher, target_T, upstream)
     logp_T, entropy_T, reverse_T, forward_T = (
         _gradient_or_zero(gradient_T, merged_12T[0])
         for gradient_T in (grad_logp_T, grad_entropy_T, grad_reverse_kl_T, grad_forward_kl_T)

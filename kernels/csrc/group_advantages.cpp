@@ -71,10 +71,12 @@ std::tuple<at::Tensor, at::Tensor> group_advantages(const at::Tensor &rewards_B,
                                                     std::string_view mode, double eps) {
   TORCH_CHECK_VALUE(rewards_B.dim() == 1, "rewards_B must be [B], was ", rewards_B.sizes());
   TORCH_CHECK_VALUE(rewards_B.is_floating_point(), "rewards_B must be a floating dtype, was ", rewards_B.dtype());
+  TORCH_CHECK_VALUE(!rewards_B.requires_grad(), "rewards_B must not require grad: advantages have no gradient");
   TORCH_CHECK_VALUE(group_ids_B.dtype() == at::kLong, "group_ids_B must be int64, was ", group_ids_B.dtype());
   TORCH_CHECK_VALUE(group_ids_B.sizes() == rewards_B.sizes(), "group_ids_B must be [B] like rewards_B ",
                     rewards_B.sizes(), ", was ", group_ids_B.sizes());
   const Scale scale = parse_scale(mode);
+  TORCH_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "eps must be >= 0 and finite, was ", eps);
 
   const int64_t num_rewards = rewards_B.numel();
   const at::Tensor rewards = rewards_B.to(at::kDouble).contiguous();

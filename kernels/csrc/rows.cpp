@@ -259,6 +259,56 @@ void topk_(const at::Tensor &z, int64_t v_begin, const at::Tensor &values, const
   for_rows(&RowKernels::topk, args, z.size(0));
 }
 
+void set_hits(RowArgs &args, const at::Tensor &hits, int64_t num_rows) {
+  check_matrix(hits, "hits", at::kInt);
+  check_sizes(hits, "hits", num_rows, hits.size(1));
+  args.hits = {const_cast<int32_t *>(hits.const_data_ptr<int32_t>()), hits.stride(0)};
+  args.max_hits = hits.size(1);
+}
+
+uint16_t *bf16_data(const at::Tensor &x) {
+  return reinterpret_cast<uint16_t *>(const_cast<at::BFloat16 *>(x.const_data_ptr<at::BFloat16>()));
+}
+
+void round_bf16_(const at::Tensor &grad, const at::Tensor &threshold, const at::Tensor &rounded,
+                 const at::Tensor &hits) {
+  RowArgs args;
+  check_matrix(grad, "grad", at::kFloat);
+  check_vector(threshold, "threshold", at::kFloat, grad.size(0));
+  check_matrix(rounded, "rounded", at::kBFloat16);
+  check_sizes(rounded, "rounded", grad.size(0), grad.size(1));
+  set_hits(args, hits, grad.size(0));
+  args.s = unwritten(grad);
+  args.threshold = threshold.const_data_ptr<float>();
+  args.rounded = {bf16_data(rounded), rounded.stride(0)};
+  args.columns = grad.size(1);
+  for_rows(&RowKernels::round_rows, args, grad.size(0));
+}
+
+void correct_bf16_(const at::Tensor &grad, const at::Tensor &hits, const at::Tensor &factor, const at::Tensor &out,
+                   bool transposed) {
+  RowArgs args;
+  check_matrix(grad, "grad", at::kFloat);
+  check_matrix(factor, "factor", at::kBFloat16);
+  check_matrix(out, "out", at::kFloat);
+  set_hits(args, hits, grad.size(0));
+  check_sizes(factor, "factor", grad.size(transposed ? 0 : 1), factor.size(1));
+  check_sizes(out, "out", grad.size(transposed ? 1 : 0), factor.size(1));
+  args.s = unwritten(grad);
+  args.factor = {bf16_data(factor), factor.stride(0)};
+  args.out = writable(out);
+  args.num_rows = grad.size(0);
+  args.columns = grad.size(1);
+  args.hidden_size = factor.size(1);
+  if (!transposed) {
+    for_rows(&RowKernels::correct_rows, args, args.num_rows);
+    return;
+  }
+  // Shared by columns: two rows may add to one of them, and the order is that of the rows.
+  const RowKernel kernel = active().load()->correct_columns;
+  at::parallel_for(0, args.columns, 64, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(copd_kernels, m) {
@@ -267,6 +317,9 @@ TORCH_LIBRARY_FRAGMENT(copd_kernels, m) {
   m.def("get_isa() -> str", &get_isa);
   m.def("num_row_threads() -> int", &num_row_threads);
   m.def("set_isa(str isa) -> str", [](std::string_view isa) { return set_isa(isa); });
+  // The gradient rounded to bf16, and what that took from its large entries: see rows_round.h.
+  m.def("round_bf16_(Tensor grad, Tensor threshold, Tensor(a!) rounded, Tensor(b!) hits) -> ()");
+  m.def("correct_bf16_(Tensor grad, Tensor hits, Tensor factor, Tensor(a!) out, bool transposed) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(copd_kernels, CPU, m) {
@@ -277,4 +330,6 @@ TORCH_LIBRARY_IMPL(copd_kernels, CPU, m) {
   m.impl("single_grad_", &single_grad_);
   m.impl("dual_grad_", &dual_grad_);
   m.impl("topk_", &topk_);
+  m.impl("round_bf16_", &round_bf16_);
+  m.impl("correct_bf16_", &correct_bf16_);
 }

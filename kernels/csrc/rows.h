@@ -31,6 +31,15 @@ struct RowArgs {
   Matrix<float> values; // [C, top_k]
   Matrix<int64_t> indices;
   int64_t top_k = 0;
+  // Rounding to bf16, and its correction.
+  int64_t num_rows = 0;
+  Matrix<uint16_t> rounded;
+  const float *threshold = nullptr;
+  Matrix<int32_t> hits; // [num_rows, max_hits] columns, then -1
+  int64_t max_hits = 0;
+  Matrix<const uint16_t> factor; // bf16 [columns or num_rows, hidden_size]
+  Matrix<float> out;             // [num_rows or columns, hidden_size]
+  int64_t hidden_size = 0;
 };
 
 // Each works through the rows [begin, end) alone, so that threads change nothing in the result.
@@ -38,7 +47,8 @@ using RowKernel = void (*)(const RowArgs &args, int64_t begin, int64_t end);
 
 struct RowKernels {
   const char *isa;
-  RowKernel prepare, single_stats, dual_stats, second, single_grad, dual_grad, topk;
+  RowKernel prepare, single_stats, dual_stats, second, single_grad, dual_grad, topk, round_rows, correct_rows,
+      correct_columns;
 };
 
 extern const RowKernels rows_portable;

@@ -35,7 +35,7 @@ struct Part {
   int64_t count;
 };
 
-COPD_INLINE Vec load(const float *from, Full) {
+COPD_INLINE Vec load(const float *from, Full, float = -kInfinity) {
   Vec value;
   __builtin_memcpy(&value, from, sizeof(Vec));
   return value;

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 EPS = 1e-6
-OP = "copd_kernels::group_advantages"
 
 
 def by_hand(rewards: list[float], ids: list[int], mode: str) -> list[float]:
@@ -133,33 +132,3 @@ def test_non_contiguous_inputs(body) -> None:
     rewards = torch.tensor([1.0, 9.0, 0.0, 9.0])[::2]
     ids = torch.tensor([0, 7, 0, 7])[::2]
     assert body(rewards, ids, "none")[0].tolist() == [0.5, -0.5]
-
-
-@every_body
-@pytest.mark.parametrize(
-    ("rewards", "ids", "mode", "match"),
-    [
-        (torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), "none", r"rewards_B must be \[B\], was \[2, 1\]"),
-        (torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), "none", "rewards_B must be a floating"),
-        (torch.zeros(2), torch.zeros(3, dtype=torch.int64), "none", r"group_ids_B must be \[B\].*\[2\].*\[3\]"),
-        (torch.zeros(2), torch.zeros(2, dtype=torch.int32), "none", "group_ids_B must be int64"),
-        (torch.zeros(3), torch.tensor([0, 1, 0]), "none", "group_ids_B must be non-negative and non-decreasing"),
-        (torch.zeros(2), torch.tensor([-1, 0]), "none", "group_ids_B must be non-negative and non-decreasing"),
-        (torch.zeros(2), torch.tensor([0, 0]), "std", "mode must be 'population', 'sample', 'none' or 'rloo', was 'std'"),
-    ],
-)
-def test_errors_name_the_argument(body, rewards, ids, mode: str, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        body(rewards, ids, mode)
-
-
-def test_registration() -> None:
-    rewards, ids = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0, 0, 1])
-    torch.library.opcheck(torch.ops.copd_kernels.group_advantages.default, (rewards, ids, "sample", EPS))
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(OP, "CPU")
-    traced = torch.compile(
-        lambda r, i: torch.ops.copd_kernels.group_advantages(r, i, "sample", EPS)[0] * 2,
-        backend="eager",
-        fullgraph=True,
-    )
-    torch.testing.assert_close(traced(rewards, ids), 2 * group_advantages(rewards, ids, mode="sample").advantages_B)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed (extra gpu)")
 advantages = pytest.importorskip("copd_kernels.gpu.advantages")
 
 EPS = 1e-6
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels were loaded for the GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,39 @@ def test_no_responses() -> None:
     assert found_B.shape == zero_B.shape == (0,)
 
 
-def test_unknown_mode() -> None:
-    with pytest.raises(ValueError, match="mode must be one of population, sample, none, rloo, was 'grpo'"):
-        advantages.group_advantages(torch.ones(1), torch.ones(1, dtype=torch.int64), "grpo", EPS)
+REWARDS, IDS = torch.ones(3), torch.tensor([0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("rewards_B", "group_ids_B", "mode", "eps"),
+    [
+        (torch.ones(3, 1), IDS, "none", EPS),
+        (torch.ones(3, dtype=torch.int64), IDS, "none", EPS),
+        (torch.ones(3, requires_grad=True), IDS, "none", EPS),
+        (REWARDS, IDS.int(), "none", EPS),
+        (REWARDS, IDS[:2], "none", EPS),
+        (REWARDS, IDS, "grpo", EPS),
+        (REWARDS, IDS, "none", -1.0),
+        (REWARDS, IDS, "none", torch.nan),
+        (REWARDS, torch.tensor([0, 1, 0]), "none", EPS),
+        (REWARDS, torch.tensor([-1, 1, 2]), "none", EPS),
+    ],
+)
+def test_errors_are_those_of_the_reference(rewards_B, group_ids_B, mode, eps) -> None:
+    texts = []
+    for function in (advantages.group_advantages, reference.group_advantages):
+        with pytest.raises(ValueError) as error:
+            function(rewards_B, group_ids_B, mode, eps)
+        texts.append(str(error.value))
+    assert texts[0] == texts[1]
+
+
+def test_it_is_what_cuda_tensors_are_given(randn) -> None:
+    """Registered with the dispatcher, and reached without Triton having been imported by the package."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("copd_kernels::group_advantages", "CUDA")
+    rewards_B, ids_B = randn(9, dtype=torch.float32), ids_of(4, 5)
+    body = importlib.import_module("copd_kernels.advantages")._cuda
+    for found, expected in zip(
+        body(rewards_B, ids_B, "sample", EPS), advantages.group_advantages(rewards_B, ids_B, "sample", EPS), strict=True
+    ):
+        assert torch.equal(found, expected)

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed (extra gpu)")
 topk = pytest.importorskip("copd_kernels.gpu.topk")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels were loaded for the GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,7 @@ def test_more_rows_than_the_limit_of_axis_1(head, monkeypatch) -> None:
             return lambda keys, indices, *_, **__: found.append(indices)
 
     monkeypatch.setattr(topk, "topk_tiles", lambda *_: topk.Tiles(8192, 32, 16, 4, 1))
+    monkeypatch.setattr(topk, "_row_block", lambda target: 1)
     monkeypatch.setattr(topk, "topk_overlap_rows", Recorder())
     one = head(num_tokens, 40, 2)
     topk.topk_overlap(one, one, top_k=2)

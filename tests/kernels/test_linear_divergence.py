@@ -206,9 +206,7 @@ def test_hidden_states_that_are_not_finite(spoiled, bad, randn, randint) -> None
         linear_divergence(*args)
     mask = torch.tensor([True, False, True])
     out = linear_divergence(*args, mask_T=mask)
-    expected = linear_divergence(
-        hidden["student"][mask], heads[0], hidden["teacher"][mask], heads[1], target[mask]
-    )
+    expected = linear_divergence(hidden["student"][mask], heads[0], hidden["teacher"][mask], heads[1], target[mask])
     for got, value in zip(out, expected, strict=True):
         assert got[1] == 0
         torch.testing.assert_close(got[mask], value, rtol=1e-13, atol=1e-14)
@@ -220,7 +218,9 @@ def test_nan_in_nan_out(spoiled, where, exact_backend, randn, randint) -> None:
     """NaN in a head spoils every token: no number comes out of it, and none of the other head's is lost."""
     dtype = exact_backend.dtype
     hidden, target = randn(3, 5, dtype=dtype), randint(17, 3)
-    heads = {name: {"weight": randn(17, 5, dtype=dtype), "bias": randn(17, dtype=dtype)} for name in ("student", "teacher")}
+    heads = {
+        name: {"weight": randn(17, 5, dtype=dtype), "bias": randn(17, dtype=dtype)} for name in ("student", "teacher")
+    }
     heads[spoiled][where][3] = math.nan
     student, teacher = heads["student"], heads["teacher"]
     out = linear_divergence(
@@ -281,26 +281,3 @@ def test_mixed_dtypes(randn) -> None:
     hidden, weight = randn(3, 5, dtype=torch.bfloat16), randn(17, 5, dtype=torch.bfloat16)
     assert linear_divergence(hidden, weight, hidden.float(), weight.float()).symmetric_kl_T.dtype == torch.float32
     assert linear_divergence(hidden, weight, hidden.double(), weight.double()).symmetric_kl_T.dtype == torch.float64
-
-
-H, W, T = torch.zeros(3, 4), torch.zeros(15, 4), torch.zeros(3, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("args", "options", "match"),
-    [
-        ((torch.zeros(3), W, H, W), {}, r"student_hidden_TD must be \[T, D\], was \[3\]"),
-        ((H, W, H, torch.zeros(15, 2)), {}, r"teacher_weight_VD must be \[V, D\] with D = 4, was \[15, 2\]"),
-        ((H, W, torch.zeros(2, 4), W), {}, "teacher_hidden_TD must have the student's T = 3, was 2"),
-        ((H, W, H, torch.zeros(16, 4)), {}, "teacher_weight_VD must have the student's V = 15, was 16"),
-        ((H, W, H, W.double()), {}, "teacher_weight_VD must be torch.float32 like teacher_hidden_TD"),
-        ((H, W, H, W), {"teacher_bias_V": torch.zeros(3)}, r"teacher_bias_V must be \[V\] with V = 15"),
-        ((H, W, H, W, T + 15), {}, r"target_T must lie in 0\.\.14"),
-        ((H, W, H, W), {"temperature": 0}, "temperature must be > 0, was 0"),
-        ((H, W, H, W), {"top_k": 16}, r"top_k must lie in 1\.\.15 \(the vocabulary\), was 16"),
-        ((H, W, H, W), {"top_k": 0}, r"top_k must lie in 1\.\.15"),
-    ],
-)
-def test_errors_name_the_argument(args, options, match) -> None:
-    with pytest.raises(ValueError, match=match):
-        linear_divergence(*args, **options)

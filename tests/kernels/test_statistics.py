@@ -1,7 +1,8 @@
-"""The online rule of statistics.py: parts of a vocabulary, in any number and order, merge to the statistics of the whole."""
+"""The online rule of statistics.py: parts of a vocabulary, in any number and order, merge to the whole's statistics."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -49,7 +50,7 @@ def split(student, teacher, target, cuts: list[int]) -> list[torch.Tensor]:
     bounds = sorted({0, *cuts, student.shape[1]})
     return [
         whole(student[:, a:b].contiguous(), teacher[:, a:b].contiguous(), a, target)
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in itertools.pairwise(bounds)
     ]
 
 
@@ -59,7 +60,9 @@ def truth(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, t
     result = []
     for a, b in ((p, q), (q, p)):
         delta = torch.where(a == -math.inf, 0, a - b)
-        terms = torch.where(delta.abs() < 1e-3, delta.square() * (0.5 - delta / 6 + delta.square() / 24), delta + torch.expm1(-delta))
+        terms = torch.where(
+            delta.abs() < 1e-3, delta.square() * (0.5 - delta / 6 + delta.square() / 24), delta + torch.expm1(-delta)
+        )
         # sum p (delta + exp(-delta) - 1) leaves out the other's mass on what this one excludes.
         missing = torch.where(a == -math.inf, b.exp(), 0).sum(-1)
         result.append((a.exp() * terms).sum(-1) + missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.kernels.problems import OPS, Backend, Problem, check
 
 
@@ -65,15 +66,22 @@ PROBLEMS = {
 }
 
 
+def _skip_repeats(backend: Backend) -> None:
+    """The interpreter is slow, and what bf16 changes on a GPU is in the other problems and in test_gpu_gradient.py."""
+    if backend.name == "bf16-triton":
+        pytest.skip("by fp32-triton")
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_values_and_gradients(op: str, name: str, backend: Backend) -> None:
-    check(op, PROBLEMS[name], backend.dtype)
+    check(op, PROBLEMS[name], backend)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "symmetric_kl", "jsd"])
 @pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
 def test_terms_of_the_policy_loss(divergence: str, kl_estimator: str, backend: Backend) -> None:
+    _skip_repeats(backend)
     problem = Problem(
         num_tokens=9,
         hidden_size=6,
@@ -82,15 +90,19 @@ def test_terms_of_the_policy_loss(divergence: str, kl_estimator: str, backend: B
         kl_estimator=kl_estimator,
         options={"temperature": 0.9, "softcap": 8.0, "chunk_tokens": 4},
     )
-    check("linear_policy_loss", problem, backend.dtype)
+    check("linear_policy_loss", problem, backend)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_more_tokens_than_a_grid_has_rows(op: str, backend: Backend) -> None:
     """65,537 tokens: one more than the second dimension of a GPU's grid takes, and many chunks."""
-    check(op, Problem(num_tokens=65_537, hidden_size=2, vocab_size=3), backend.dtype)
+    _skip_repeats(backend)
+    # The interpreter takes its time per program: three chunks instead of 33.
+    options = {"chunk_tokens": 30_000} if backend.rows == "triton" else {}
+    check(op, Problem(num_tokens=65_537, hidden_size=2, vocab_size=3, options=options), backend)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_vocabulary_of_a_quarter_million(op: str, backend: Backend) -> None:
-    check(op, Problem(num_tokens=3, hidden_size=4, vocab_size=250_007, gap=0.05), backend.dtype)
+    _skip_repeats(backend)
+    check(op, Problem(num_tokens=3, hidden_size=4, vocab_size=250_007, gap=0.05), backend)

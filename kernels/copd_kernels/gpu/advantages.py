@@ -1,13 +1,17 @@
-"""Group advantages of ragged, contiguous groups in one launch, without asking the GPU how many groups there are."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton has no types for what a kernel takes.
+"""Group advantages of ragged, contiguous groups in one launch."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
 from copd_kernels.gpu.specs import compile_spec
-from copd_kernels.gpu.targets import CompileSpec, SpecBuilder, Target
+from copd_kernels.gpu.targets import CompileSpec, SpecBuilder, Target, on_device
 
 MODES = ("population", "sample", "none", "rloo")
 _BLOCK = 256
@@ -82,32 +86,60 @@ def group_advantages_kernel(
         tl.store(zero_variance + block + lanes, equal.to(tl.uint8), mask=inside)
 
 
+def _check(rewards_B: torch.Tensor, group_ids_B: torch.Tensor, mode: str, eps: float) -> None:
+    if rewards_B.dim() != 1:
+        raise ValueError(f"rewards_B must be [B], was {list(rewards_B.shape)}")
+    if not rewards_B.is_floating_point():
+        raise ValueError(f"rewards_B must be a floating dtype, was {rewards_B.dtype}")
+    if rewards_B.requires_grad:
+        raise ValueError("rewards_B must not require grad: advantages have no gradient")
+    if group_ids_B.dtype != torch.int64:
+        raise ValueError(f"group_ids_B must be int64, was {group_ids_B.dtype}")
+    if group_ids_B.shape != rewards_B.shape:
+        raise ValueError(
+            f"group_ids_B must be [B] like rewards_B {list(rewards_B.shape)}, was {list(group_ids_B.shape)}"
+        )
+    if mode not in MODES:
+        raise ValueError(f"mode must be 'population', 'sample', 'none' or 'rloo', was {mode!r}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be >= 0 and finite, was {eps}")
+    if group_ids_B.device != rewards_B.device:
+        raise ValueError(f"group_ids_B must be on {rewards_B.device} like rewards_B, was on {group_ids_B.device}")
+    before_B = torch.cat([group_ids_B.new_zeros(1), group_ids_B])[:-1]
+    out_of_order = (group_ids_B < before_B).nonzero()[:, 0]
+    if out_of_order.numel():
+        position = int(out_of_order[0])
+        raise ValueError(
+            "group_ids_B must be non-negative and non-decreasing, so that a group is one run; position "
+            f"{position} holds {int(group_ids_B[position])} after {int(before_B[position])}"
+        )
+
+
 def group_advantages(
     rewards_B: torch.Tensor, group_ids_B: torch.Tensor, mode: str, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``copd_kernels.reference.group_advantages`` computes: ``(advantages_B, zero_variance_B)``, fp32 and bool.
+    """What ``copd_kernels.reference.group_advantages`` computes, and raises: ``(advantages_B, zero_variance_B)``.
 
-    ``rewards_B`` floating ``[B]``, ``group_ids_B`` int64 ``[B]``, non-decreasing: the caller checks that, because here
-    the answer would stall the stream. Raises ValueError on an unknown mode.
+    The order of the group ids is read back from the GPU, which waits for it: once a step, a few thousand numbers.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, was {mode!r}")
+    _check(rewards_B, group_ids_B, mode, eps)
     dtype = torch.promote_types(rewards_B.dtype, torch.float32)
     advantages_B = torch.empty(rewards_B.shape, dtype=dtype, device=rewards_B.device)
     zero_variance_B = torch.empty(rewards_B.shape, dtype=torch.uint8, device=rewards_B.device)
     num_responses = rewards_B.shape[0]
     if num_responses:
-        group_advantages_kernel[(num_responses,)](
-            rewards_B.contiguous(),
-            group_ids_B.contiguous(),
-            advantages_B,
-            zero_variance_B,
-            num_responses,
-            eps,
-            MODE=MODES.index(mode),
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
+        with on_device(rewards_B.device):
+            group_advantages_kernel[(num_responses,)](
+                rewards_B.contiguous(),
+                group_ids_B.contiguous(),
+                advantages_B,
+                zero_variance_B,
+                num_responses,
+                eps,
+                MODE=MODES.index(mode),
+                BLOCK=_BLOCK,
+                num_warps=4,
+            )
     return advantages_B, zero_variance_B.bool()
 
 

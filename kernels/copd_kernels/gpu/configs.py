@@ -73,9 +73,16 @@ _TILES = {
 }
 # fp32 inputs are multiplied in full precision, without tensor cores: the accumulators share the registers with the
 # operands.
-_WIDE_TILES = Tiles(64, 64, 32, 8, 2)
-# The interpreter runs whole tiles in NumPy: small ones for small tests.
+_WIDE_TILES = {
+    SINGLE: Tiles(64, 64, 32, 8, 2),
+    DUAL: Tiles(64, 32, 32, 8, 2),
+    SINGLE_GRADIENT: Tiles(64, 64, 32, 8, 2),
+    DUAL_GRADIENT: Tiles(64, 64, 32, 8, 2),
+}
+# The interpreter runs whole tiles in NumPy: small ones for small tests, which replace them by larger ones.
 _INTERPRETER_TILES = Tiles(16, 32, 16, 1, 1)
+_INTERPRETER_ROW_BLOCKS = RowBlocks(16, 1)
+_INTERPRETER_MERGE_BLOCKS = MergeBlocks(4, 16, 1)
 
 
 def tiles_of(target: Target, family: str, itemsize: int) -> Tiles:
@@ -83,16 +90,16 @@ def tiles_of(target: Target, family: str, itemsize: int) -> Tiles:
     if target.backend == "interpreter":
         return _INTERPRETER_TILES
     if itemsize > 2:
-        return _WIDE_TILES
+        return _WIDE_TILES[family]
     return _TILES[target.name][family]
 
 
 def row_blocks_of(target: Target) -> RowBlocks:
-    return RowBlocks(16, 1) if target.backend == "interpreter" else RowBlocks(16, 4)
+    return _INTERPRETER_ROW_BLOCKS if target.backend == "interpreter" else RowBlocks(16, 4)
 
 
 def merge_blocks_of(target: Target) -> MergeBlocks:
-    return MergeBlocks(4, 16, 1) if target.backend == "interpreter" else MergeBlocks(32, 32, 4)
+    return _INTERPRETER_MERGE_BLOCKS if target.backend == "interpreter" else MergeBlocks(32, 32, 4)
 
 
 def tile_constants(
@@ -114,17 +121,25 @@ def tile_constants(
 
 _HEADS = ("student", "teacher")
 _SIZES = dict.fromkeys(
-    ("stride", "num_tokens", "vocab_size", "hidden_size", "student_hidden_size", "teacher_hidden_size", "num_tiles",
-     "tiles_per_part"), "i32"
+    (
+        "stride",
+        "num_tokens",
+        "vocab_size",
+        "hidden_size",
+        "student_hidden_size",
+        "teacher_hidden_size",
+        "num_tiles",
+        "tiles_per_part",
+    ),
+    "i32",
 )
 _SCALARS = dict.fromkeys(("inverse_temperature", "softcap", "beta"), "fp32")
 _POINTERS = dict.fromkeys(("partial", "stats", "params", "second"), "*fp32")
 
 
-def _types(target: Target, tiles: Tiles | None, dtype: torch.dtype) -> dict[str, str]:
-    """Types of every runtime parameter that a kernel here may have, by name."""
-    element = TYPE_NAMES[dtype]
-    stored = "*fp32" if dtype == torch.float32 else "*fp16"
+def _types(target: Target, tiles: Tiles | None, dtype: torch.dtype, *, centred: bool = False) -> dict[str, str]:
+    """Types of every runtime parameter that a kernel here may have, by name; ``centred``: of the stored logits."""
+    element, stored = TYPE_NAMES[dtype], "*fp16" if centred else "*fp32"
     types = {
         **_SIZES,
         **_SCALARS,
@@ -133,6 +148,8 @@ def _types(target: Target, tiles: Tiles | None, dtype: torch.dtype) -> dict[str,
         "stored": stored,
         "stored_x": stored,
         "stored_r": stored,
+        "stored_s": "*fp32",
+        "stored_t": "*fp32",
         "grad": f"*{element}",
     }
     for prefix in ("", *(f"{head}_" for head in _HEADS)):
@@ -162,11 +179,9 @@ def _tile_builder(fn: object, family: str, **extra: object) -> SpecBuilder:
             constants["HAS_BIAS"] = False
         else:
             constants |= {"HAS_STUDENT_BIAS": False, "HAS_TEACHER_BIAS": False}
-        if "STORE" in extra:
-            constants["CENTRED"] = dtype != torch.float32
         return compile_spec(
             fn,
-            _types(target, tiles, dtype),
+            _types(target, tiles, dtype, centred=bool(extra.get("CENTRED"))),
             constants | extra,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
@@ -178,22 +193,15 @@ def _tile_builder(fn: object, family: str, **extra: object) -> SpecBuilder:
     return build
 
 
-def _row_builder(fn: object, family: str, *, has_softcap: bool = True, **extra: object) -> SpecBuilder:
+def _row_builder(fn: object, family: str, **extra: object) -> SpecBuilder:
     """Builder of a kernel that reads stored logits."""
 
     def build(target: Target, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> CompileSpec:
         blocks = row_blocks_of(target)
-        constants: dict[str, object] = {
-            "BLOCK_T": blocks.block_t,
-            "TILE_V": tiles_of(target, family, dtype.itemsize).block_v,
-            "CENTRED": dtype != torch.float32,
-        }
-        if has_softcap:
-            constants["HAS_SOFTCAP"] = False
         return compile_spec(
             fn,
-            _types(target, None, dtype),
-            constants | extra,
+            _types(target, None, dtype, centred=bool(extra.get("CENTRED"))),
+            {"BLOCK_T": blocks.block_t, "TILE_V": tiles_of(target, family, dtype.itemsize).block_v} | extra,
             num_warps=blocks.num_warps,
             divisible=_divisible(hidden_size, vocab_size),
         )
@@ -215,16 +223,24 @@ def _merge_builder(num_rows: int) -> SpecBuilder:
     return build
 
 
+_NOT_STORED = {"STORE": False, "CENTRED": False}
+_CENTRED = {"STORE": True, "CENTRED": True}
+_EXACT = {"STORE": True, "CENTRED": False}
+
 KERNELS: dict[str, SpecBuilder] = {
-    "single_statistics": _tile_builder(statistics.single_statistics_tile, SINGLE, STORE=False),
-    "single_statistics_stored": _tile_builder(statistics.single_statistics_tile, SINGLE, STORE=True),
-    "dual_statistics": _tile_builder(statistics.dual_statistics_tile, DUAL, STORE=False),
-    "dual_statistics_stored": _tile_builder(statistics.dual_statistics_tile, DUAL, STORE=True),
+    "single_statistics": _tile_builder(statistics.single_statistics_tile, SINGLE, **_NOT_STORED),
+    "single_statistics_stored": _tile_builder(statistics.single_statistics_tile, SINGLE, **_CENTRED),
+    "dual_statistics": _tile_builder(statistics.dual_statistics_tile, DUAL, **_NOT_STORED),
+    "dual_statistics_stored": _tile_builder(statistics.dual_statistics_tile, DUAL, **_CENTRED),
+    "dual_statistics_exact": _tile_builder(statistics.dual_statistics_tile, DUAL, **_EXACT),
     "merge_single": _merge_builder(4),
     "merge_dual": _merge_builder(12),
-    "single_gradient_rows": _row_builder(rows.single_gradient_rows, SINGLE),
-    "dual_gradient_rows": _row_builder(rows.dual_gradient_rows, DUAL, WITH_JSD=True),
-    "second_rows": _row_builder(rows.second_rows, DUAL, has_softcap=False),
+    "single_gradient_rows": _row_builder(rows.single_gradient_rows, SINGLE, HAS_SOFTCAP=False, CENTRED=True),
+    "dual_gradient_rows": _row_builder(rows.dual_gradient_rows, DUAL, HAS_SOFTCAP=False, CENTRED=True, WITH_JSD=False),
+    "dual_gradient_rows_jsd": _row_builder(
+        rows.dual_gradient_rows, DUAL, HAS_SOFTCAP=False, CENTRED=False, WITH_JSD=True
+    ),
+    "second_rows": _row_builder(rows.second_rows, DUAL),
     "single_gradient": _tile_builder(gradient.single_gradient_tile, SINGLE_GRADIENT),
     "dual_gradient": _tile_builder(gradient.dual_gradient_tile, DUAL_GRADIENT, WITH_JSD=False),
     "dual_gradient_jsd": _tile_builder(gradient.dual_gradient_tile, DUAL_GRADIENT, WITH_JSD=True),

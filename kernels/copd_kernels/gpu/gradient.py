@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton has no types for what a kernel takes.
 """Gradients of the raw product and the second pass with the logits made again: a second product and no memory.
 
 Gradients are written in the dtype of the inputs, for the matrix products that follow. ``params`` and the formulas:

@@ -47,9 +47,21 @@ def itemsize_of(*heads: Head) -> int:
     return max(head.hidden_TD.dtype.itemsize for head in heads)
 
 
-def new_stored(num_tokens: int, heads: tuple[Head, ...]) -> Stored:
-    """An empty workspace: fp16 for 16-bit inputs, fp32 otherwise."""
-    dtype = torch.float16 if itemsize_of(*heads) == 2 else torch.float32
+def gradient_dtype(head: Head) -> torch.dtype:
+    """Of the gradient of the logits: bf16 for bf16 inputs, else fp32. Not fp16, in which probabilities times small
+    differences underflow."""
+    return torch.bfloat16 if head.hidden_TD.dtype == torch.bfloat16 else torch.float32
+
+
+def stored_dtype(heads: tuple[Head, ...], *, with_second: bool) -> torch.dtype:
+    """fp16 (centred) for 16-bit inputs: 6e-4 of the gradient, which is rounded to 2e-3 anyway. The second pass makes
+    values of what is stored, and these have to be exact."""
+    return torch.float16 if itemsize_of(*heads) == 2 and not with_second else torch.float32
+
+
+def new_stored(num_tokens: int, heads: tuple[Head, ...], *, with_second: bool) -> Stored:
+    """An empty workspace for that many tokens."""
+    dtype = stored_dtype(heads, with_second=with_second)
     like, stride = heads[0].hidden_TD, padded(heads[0].weight_VD.shape[0])
     buffers = [torch.empty((num_tokens, stride), dtype=dtype, device=like.device) for _ in heads]
     return Stored(buffers[0], buffers[1] if len(heads) > 1 else None)
@@ -100,14 +112,9 @@ class Launcher:
             "num_stages": tiles.num_stages,
         }
 
-    def _row_options(self, stored: Stored) -> dict[str, object]:
+    def _row_options(self) -> dict[str, object]:
         blocks = configs.row_blocks_of(self.target)
-        return {
-            "BLOCK_T": blocks.block_t,
-            "TILE_V": self.tiles.block_v,
-            "CENTRED": stored.is_centred,
-            "num_warps": blocks.num_warps,
-        }
+        return {"BLOCK_T": blocks.block_t, "TILE_V": self.tiles.block_v, "num_warps": blocks.num_warps}
 
     def _row_grid(self, num_tokens: int, vocab_size: int) -> tuple[int]:
         return (grid_size(num_tokens, vocab_size, configs.row_blocks_of(self.target).block_t, self.tiles.block_v),)
@@ -119,7 +126,9 @@ class Launcher:
         partial = torch.empty(
             (triton.cdiv(vocab_size, tiles.block_v), num_rows, num_tokens), device=target_C.device, dtype=torch.float32
         )
-        kernel = tile_statistics.single_statistics_tile if len(self.heads) == 1 else tile_statistics.dual_statistics_tile
+        kernel = (
+            tile_statistics.single_statistics_tile if len(self.heads) == 1 else tile_statistics.dual_statistics_tile
+        )
         # Without a workspace nothing is written there: any pointer does.
         buffers = [partial] * len(self.heads) if stored is None else [x for x in stored if x is not None]
         kernel[(grid_size(num_tokens, vocab_size, tiles.block_t, tiles.block_v),)](
@@ -158,13 +167,12 @@ class Launcher:
     def gradient_of_stored(
         self, stored: Stored, partial: torch.Tensor, params: torch.Tensor, target_C: torch.Tensor, beta: float | None
     ) -> torch.Tensor:
-        """Gradient ``[C, V]`` of the raw product in the dtype of the (student's) inputs.
+        """Gradient ``[C, V]`` of the raw product in ``gradient_dtype``.
 
         It takes the memory of the stored logits where an entry has the same size. ``beta`` None: no JSD.
         """
         num_tokens, vocab_size = target_C.shape[0], self.heads[0].weight_VD.shape[0]
-        dtype = self.heads[0].hidden_TD.dtype
-        x = stored.x
+        x, dtype = stored.x, gradient_dtype(self.heads[0])
         grad = x.view(dtype) if x.element_size() == dtype.itemsize else torch.empty_like(x, dtype=dtype)
         is_dual = stored.r is not None
         kernel = rows.dual_gradient_rows if is_dual else rows.single_gradient_rows
@@ -181,8 +189,9 @@ class Launcher:
             *self._scalars(),
             *([beta or 0.0] if is_dual else []),
             HAS_SOFTCAP=self.scale.softcap != 0,
+            CENTRED=stored.is_centred,
             **({"WITH_JSD": beta is not None} if is_dual else {}),
-            **self._row_options(stored),
+            **self._row_options(),
         )
         return grad[:num_tokens, :vocab_size]
 
@@ -192,14 +201,14 @@ class Launcher:
         """The same for a slice of the vocabulary, ``[C, slice]``, with the logits made again."""
         num_tokens, tiles = target_C.shape[0], self.gradient_tiles
         width = columns.stop - columns.start
-        like = self.heads[0].hidden_TD
-        grad = torch.empty((num_tokens, padded(width)), dtype=like.dtype, device=like.device)
+        grad = torch.empty((num_tokens, padded(width)), dtype=gradient_dtype(self.heads[0]), device=target_C.device)
         is_dual = len(self.heads) == 2
         kernel = gradient.dual_gradient_tile if is_dual else gradient.single_gradient_tile
         kernel[(grid_size(num_tokens, width, tiles.block_t, tiles.block_v),)](
             *self._operands(tiles, tokens, columns),
             grad,
             params,
+            # A target before the slice is a negative number, and no column.
             target_C - columns.start if columns.start else target_C,
             grad.stride(0),
             num_tokens,
@@ -212,11 +221,11 @@ class Launcher:
         )
         return grad[:, :width]
 
-    def second_of_stored(
-        self, stored: Stored, partial: torch.Tensor, params: torch.Tensor, num_tokens: int, beta: float
-    ) -> torch.Tensor:
-        """sum min(p, q), JSD_beta, E_p[log(p / m)] fp32 ``[3, C]``."""
-        vocab_size, num_tiles = self.heads[0].weight_VD.shape[0], partial.shape[0]
+    def second_of_stored(self, stored: Stored, params: torch.Tensor, num_tokens: int, beta: float) -> torch.Tensor:
+        """sum min(p, q), JSD_beta, E_p[log(p / m)] fp32 ``[3, C]``, of logits stored in fp32."""
+        assert not stored.is_centred
+        vocab_size = self.heads[0].weight_VD.shape[0]
+        num_tiles = triton.cdiv(vocab_size, self.tiles.block_v)
         blocks = triton.cdiv(num_tokens, configs.row_blocks_of(self.target).block_t)
         tiles_per_part = triton.cdiv(num_tiles, max(1, min(num_tiles, _WANTED_PROGRAMS // blocks)))
         num_parts = triton.cdiv(num_tiles, tiles_per_part)
@@ -224,7 +233,6 @@ class Launcher:
         rows.second_rows[(blocks * num_parts,)](
             stored.x,
             stored.r,
-            partial,
             second,
             params,
             stored.x.stride(0),
@@ -232,7 +240,7 @@ class Launcher:
             vocab_size,
             tiles_per_part,
             beta,
-            **self._row_options(stored),
+            **self._row_options(),
         )
         return second.sum(0)
 

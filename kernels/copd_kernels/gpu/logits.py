@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton has no types for what a kernel takes.
 """Tiles of logits, made in registers: the product of hidden states and lm_head rows, then bias, softcap, temperature.
 
 Also the few functions that Triton's own language lacks and that must not cancel. They are polynomials rather than

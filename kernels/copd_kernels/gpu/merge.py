@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton has no types for what a kernel takes.
 """Statistics of the whole vocabulary from those of its tiles: the rule of copd_kernels/statistics.py, in few passes."""
 
 from __future__ import annotations
@@ -7,6 +9,11 @@ import triton.language as tl
 
 from copd_kernels.gpu.logits import expm1_minus
 from copd_kernels.gpu.statistics import or_zero
+
+# As in copd_kernels/statistics.py: where the two forms of the excess of a tile take over from each other.
+_NEAR_SHIFT = tl.constexpr(5.0)
+_LARGEST_EXCESS = tl.constexpr(1e4)
+_LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
 @triton.jit
@@ -104,6 +111,7 @@ def _merge_gap(
         moved += tl.where(mass == 0.0, 0.0, mass * (gap - base[None, :]))
     moved = tl.sum(moved, axis=0)
     merged = tl.where(total == 0.0, 0.0, base + moved / total)
+    log_total = tl.log(total)
     excesses = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for begin in range(0, num_tiles, BLOCK_N):
         tiles = begin + tl.arange(0, BLOCK_N)
@@ -112,10 +120,23 @@ def _merge_gap(
         gap = _load_row(partial, tiles, GAP, 12, num_tiles, num_tokens, rows, 0.0)
         excess = _load_row(partial, tiles, GAP + 1, 12, num_tiles, num_tokens, rows, 0.0)
         mass, _ = _mass(largest, tail, top)
-        # A larger exponent would overflow; the excess is then too large to be used anyway.
-        shift = tl.minimum(merged[None, :] - gap, 80.0)
-        excesses += tl.where(mass == 0.0, 0.0, mass * (tl.exp(shift) * excess + expm1_minus(shift)))
-    excess = tl.where((total == 0.0) | (merged == float("inf")), 0.0, tl.sum(excesses, axis=0) / total)
+        share = mass / total[None, :]
+        shift = tl.where(share == 0.0, 0.0, merged[None, :] - gap)
+        near = share * (tl.exp(tl.minimum(shift, _NEAR_SHIFT)) * excess + expm1_minus(tl.minimum(shift, _NEAR_SHIFT)))
+        # The same in other words, where exp(shift) or the excess is large and the share may have underflown: the tile's
+        # mass under the other head, weighed as under this one, less share (1 + shift).
+        other = _load_row(partial, tiles, 4 - HEAD, 12, num_tiles, num_tokens, rows, float("-inf"))
+        other_tail = _load_row(partial, tiles, 5 - HEAD, 12, num_tiles, num_tokens, rows, -1.0)
+        log_mass = (other - top[None, :]) + (tl.log(1.0 + other_tail) - log_total[None, :])
+        other_mass = tl.where(
+            other == float("-inf"), 0.0, tl.exp(tl.minimum(merged[None, :] + log_mass, _LARGEST_EXPONENT))
+        )
+        far = tl.maximum(other_mass - share * (1.0 + shift), 0.0)
+        is_near = (share != 0.0) & (shift < _NEAR_SHIFT) & (excess < _LARGEST_EXCESS)
+        excesses += tl.where(is_near, near, far)
+    excess = tl.where((total == 0.0) | (merged == float("inf")), 0.0, tl.sum(excesses, axis=0))
+    # Comparisons with NaN are False and maxima leave it out.
+    excess = tl.where(merged == merged, excess, merged)
     inside = rows < num_tokens
     tl.store(stats + GAP * num_tokens + rows, merged, mask=inside)
     tl.store(stats + (GAP + 1) * num_tokens + rows, excess, mask=inside)

@@ -39,6 +39,7 @@ from copd_kernels.gpu.targets import TARGETS, CompileSpec, SpecBuilder, Target
 # Qwen3-4B and Qwen3-8B.
 HIDDEN_SIZES = (2560, 4096)
 VOCAB_SIZE = 151_936
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS: dict[str, SpecBuilder] = {
     **configs.KERNELS,
     **topk.KERNELS,
@@ -140,7 +141,7 @@ def measure(name: str, spec: CompileSpec, target: Target, hidden_size: int) -> R
 
 
 def _ptxas_log(compiled: Any, printed: str, target: Target, folder: Path) -> str:
-    """What ``ptxas -v`` said. Kept in Triton's cache beside the cubin, because a compilation found there says nothing."""
+    """What ``ptxas -v`` said. Kept in Triton's cache beside the cubin, because a compilation found there is silent."""
     kept, name = get_cache_manager(compiled.hash), "ptxas.log"
     if "bytes spill stores" in printed:
         kept.put(printed, name, binary=False)
@@ -176,10 +177,10 @@ def problems(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def _compile_one(job: tuple[str, str, int]) -> Row:
-    kernel, target_name, hidden_size = job
+def _compile_one(job: tuple[str, str, int, torch.dtype]) -> Row:
+    kernel, target_name, hidden_size, dtype = job
     target, begin = TARGETS[target_name], time.perf_counter()
-    spec = KERNELS[kernel](target, hidden_size, VOCAB_SIZE, torch.bfloat16)
+    spec = KERNELS[kernel](target, hidden_size, VOCAB_SIZE, dtype)
     row = measure(kernel, spec, target, hidden_size)
     print(f"{kernel} {target_name} D={hidden_size}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
     return row
@@ -190,9 +191,10 @@ def compile_report(
     targets: Sequence[str] | None = None,
     hidden_sizes: Sequence[int] = HIDDEN_SIZES,
     *,
+    dtype: str = "bf16",
     num_processes: int = 1,
 ) -> list[Row]:
-    """Rows of every kernel × target × D at V = 151,936, bf16. Triton's own cache makes a second run cheap.
+    """Rows of every kernel × target × D at V = 151,936, inputs of ``dtype``; a second run finds them in Triton's cache.
 
     Raises ValueError on an unknown kernel or target, and RuntimeError under TRITON_INTERPRET=1, which replaces every
     kernel by one that cannot be compiled.
@@ -202,7 +204,7 @@ def compile_report(
     for name, chosen, known in (("kernels", kernels, KERNELS), ("targets", targets, TARGETS)):
         if unknown := set(chosen or ()) - set(known):
             raise ValueError(f"{name} must be among {', '.join(known)}, was {', '.join(sorted(unknown))}")
-    jobs = list(itertools.product(kernels or KERNELS, targets or TARGETS, hidden_sizes))
+    jobs = list(itertools.product(kernels or KERNELS, targets or TARGETS, hidden_sizes, [DTYPES[dtype]]))
     if num_processes == 1:
         return [_compile_one(job) for job in jobs]
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
@@ -234,17 +236,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help=f"of {', '.join(KERNELS)}; default: all")
     parser.add_argument("--targets", nargs="+", metavar="NAME", help=f"of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--hidden-sizes", nargs="+", type=int, metavar="D", default=HIDDEN_SIZES)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of hidden states and weights")
     parser.add_argument("--processes", type=int, default=1, help="compile in this many processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     options = parser.parse_args(arguments)
     try:
-        rows = compile_report(options.kernels, options.targets, options.hidden_sizes, num_processes=options.processes)
+        rows = compile_report(
+            options.kernels,
+            options.targets,
+            options.hidden_sizes,
+            dtype=options.dtype,
+            num_processes=options.processes,
+        )
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
     if options.json:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-    print(f"Triton {triton.__version__}, bf16, V = {VOCAB_SIZE:,}\n")
+    print(f"Triton {triton.__version__}, {options.dtype}, V = {VOCAB_SIZE:,}\n")
     print(markdown(rows))
     found = problems(rows)
     print(f"\n{len(found)} problems" + "".join(f"\n- {line}" for line in found))

@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton has no types for what a kernel takes.
 """Gradients of the raw product and the second pass from logits that the kernels of statistics.py stored.
 
 ``params`` and the formulas: terms.py. ``TILE_V``: the width of the tiles of ``partial``, their partial statistics.
@@ -60,9 +62,7 @@ def single_gradient_rows(
 
 
 @triton.jit
-def _load_pair(
-    stored_x, stored_r, partial, params, at, inside, tile, rows, num_tokens, CENTRED: tl.constexpr
-):
+def _load_pair(stored_x, stored_r, partial, params, at, inside, tile, rows, num_tokens, CENTRED: tl.constexpr):
     """log p, log q, gap - c, Δ and the student's logits of a stored tile."""
     x = tl.load(stored_x + at, mask=inside, other=float("-inf")).to(tl.float32)
     r = tl.load(stored_r + at, mask=inside, other=float("-inf")).to(tl.float32)
@@ -128,9 +128,8 @@ def dual_gradient_rows(
 
 @triton.jit
 def second_rows(
-    stored_x,
-    stored_r,
-    partial,
+    stored_s,
+    stored_t,
     second,
     params,
     stride,
@@ -140,10 +139,9 @@ def second_rows(
     beta,
     BLOCK_T: tl.constexpr,
     TILE_V: tl.constexpr,
-    CENTRED: tl.constexpr,
 ):
     """sum min(p, q), JSD_beta, E_p[log(p / m)] of parts of the vocabulary, fp32 ``[parts, 3, T]``: their sum is that
-    of the whole."""
+    of the whole. The stored logits are fp32: what is made of them is a result, and no longer a gradient."""
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     rows = (tl.program_id(0) % num_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     part = tl.program_id(0) // num_blocks
@@ -155,11 +153,9 @@ def second_rows(
         columns = tile * TILE_V + tl.arange(0, TILE_V)
         at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
         inside = (rows < num_tokens)[:, None] & (columns < vocab_size)[None, :]
-        # The interpreter counts in Python integers.
-        here = tl.full((), tile, tl.int64)
-        logp, logq, _, delta, _ = _load_pair(
-            stored_x, stored_r, partial, params, at, inside, here, rows, num_tokens, CENTRED
-        )
+        s = tl.load(stored_s + at, mask=inside, other=float("-inf"))
+        t = tl.load(stored_t + at, mask=inside, other=float("-inf"))
+        logp, logq, _, delta = terms.from_logits(s, t, params, rows, num_tokens)
         a, b, c = terms.second_sums(logp, logq, delta, beta)
         sum_min += a
         jsd += b

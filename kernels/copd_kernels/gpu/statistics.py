@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton has no types for what a kernel takes.
 """Statistics of logits without the logits: each program makes one tile in registers and leaves a few numbers per token.
 
 merge.py makes one set of the tiles'. What the rows mean, and why nothing cancels, stands in
@@ -181,17 +183,21 @@ def _add_excess(sums, s, t, s_lse, t_lse, s_gap, t_gap, s_scale, t_scale):
 
 
 @triton.jit
-def _store_pair(s, t, s_ref, t_ref, centre, stored_x, stored_r, at, inside, CENTRED: tl.constexpr):
-    if CENTRED:
-        x = s - s_ref[:, None]
-        # Clamped, because -inf says that the student excludes the token.
-        x = tl.where((x < -60000.0) & (s != float("-inf")), -60000.0, x).to(stored_x.dtype.element_ty)
-        r = tl.where(x.to(tl.float32) < FAR_X, t - t_ref[:, None], (s - t) - centre[:, None])
-        tl.store(stored_x + at, x, mask=inside)
-        tl.store(stored_r + at, r.to(stored_r.dtype.element_ty), mask=inside)
-    else:
-        tl.store(stored_x + at, s, mask=inside)
-        tl.store(stored_r + at, t, mask=inside)
+def _store_exact(z, stored, row_begin, column_begin, stride, num_tokens, vocab_size):
+    rows = row_begin + tl.arange(0, z.shape[0])
+    columns = column_begin + tl.arange(0, z.shape[1])
+    at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(stored + at, z, mask=(rows < num_tokens)[:, None] & (columns < vocab_size)[None, :])
+
+
+@triton.jit
+def _store_centred(s, t, s_ref, t_ref, centre, stored_x, stored_r, at, inside):
+    x = s - s_ref[:, None]
+    # Clamped, because -inf says that the student excludes the token.
+    x = tl.where((x < -60000.0) & (s != float("-inf")), -60000.0, x).to(stored_x.dtype.element_ty)
+    r = tl.where(x.to(tl.float32) < FAR_X, t - t_ref[:, None], (s - t) - centre[:, None])
+    tl.store(stored_x + at, x, mask=inside)
+    tl.store(stored_r + at, r.to(stored_r.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -255,6 +261,9 @@ def dual_statistics_tile(
         WIDEN,
         PRECISION,
     )
+    if STORE and not CENTRED:
+        # Before the other product, where nothing else is in the registers.
+        _store_exact(s, stored_x, row_begin, column_begin, stride, num_tokens, vocab_size)
     t = logits_tile(
         teacher_hidden,
         teacher_weight,
@@ -276,6 +285,8 @@ def dual_statistics_tile(
         WIDEN,
         PRECISION,
     )
+    if STORE and not CENTRED:
+        _store_exact(t, stored_r, row_begin, column_begin, stride, num_tokens, vocab_size)
     rows = row_begin + tl.arange(0, BLOCK_T)
     s_max = tl.max(s, axis=1)
     t_max = tl.max(t, axis=1)
@@ -289,13 +300,13 @@ def dual_statistics_tile(
     zero = tl.zeros_like(s_max)
     s_sums = (zero, zero, zero, zero)
     t_sums = (zero, zero, zero, zero)
-    if STORE:
+    if CENTRED:
         for i in tl.static_range(4):
             column = column_begin + i * WIDTH
             if column < vocab_size:
                 inside = (rows < num_tokens)[:, None] & (column + tl.arange(0, WIDTH) < vocab_size)[None, :]
                 at = rows.to(tl.int64)[:, None] * stride + (column + tl.arange(0, WIDTH))[None, :]
-                _store_pair(s_parts[i], t_parts[i], s_ref, t_ref, centre, stored_x, stored_r, at, inside, CENTRED)
+                _store_centred(s_parts[i], t_parts[i], s_ref, t_ref, centre, stored_x, stored_r, at, inside)
     wanted = tl.load(target + rows, mask=rows < num_tokens, other=-1)
     s_target = zero + float("-inf")
     t_target = zero + float("-inf")
@@ -304,6 +315,8 @@ def dual_statistics_tile(
         if column < vocab_size:
             s_target = tl.maximum(s_target, _at_target(s_parts[i], column + tl.arange(0, WIDTH), wanted))
             t_target = tl.maximum(t_target, _at_target(t_parts[i], column + tl.arange(0, WIDTH), wanted))
+    for i in tl.static_range(4):
+        if column_begin + i * WIDTH < vocab_size:
             u = (s_parts[i] - t_parts[i]) - centre[:, None]
             s_sums = _add_head_sums(s_sums, s_parts[i], s_ref, u)
             t_sums = _add_head_sums(t_sums, t_parts[i], t_ref, -u)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+from copd_kernels._types import Head
 
 
 class Target(NamedTuple):
@@ -68,6 +71,20 @@ def target_of(device: torch.device) -> Target:
         raise ValueError(f"the kernels need compute capability 8.0 (Ampere) or higher, was {major}.{minor}")
     # 12.x, consumer Blackwell, has neither Hopper's nor sm_100's matrix instructions and 99 KiB of shared memory.
     return {9: SM_90, 10: SM_100}.get(major, SM_80)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where Triton launches: on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def check_dtypes(*heads: Head) -> None:
+    """Raise ValueError for heads that no kernel takes."""
+    for head in heads:
+        if head.hidden_TD.dtype not in TYPE_NAMES:
+            raise ValueError(
+                f"hidden states and weights must be float32, bfloat16 or float16 on a GPU, were {head.hidden_TD.dtype}"
+            )
 
 
 def fits_tma(tensor: torch.Tensor) -> bool:

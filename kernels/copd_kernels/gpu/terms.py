@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton has no types for what a kernel takes.
 """What one vocabulary entry contributes: to the gradient of the logits, and to the quantities of the second pass.
 
 Used on tiles that were just made and on tiles that were stored, so that both plans give the same numbers. The formulas
@@ -36,7 +38,9 @@ def chain(grad, z, inverse_temperature, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def single_gradient(logp, z, params, rows, columns, wanted, num_tokens, inverse_temperature, softcap, CAP: tl.constexpr):
+def single_gradient(
+    logp, z, params, rows, columns, wanted, num_tokens, inverse_temperature, softcap, CAP: tl.constexpr
+):
     """p (a + e log p) + o [v = target], chained; ``logp`` and ``z`` ``[T, V]``, ``wanted`` int32 ``[T]``."""
     p = tl.exp(logp)
     factor = param(params, 2, rows, num_tokens) + param(params, 3, rows, num_tokens) * logp

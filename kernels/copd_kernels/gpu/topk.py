@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton has no types for what a kernel takes.
 """Streaming top-k overlap of two heads: no logits leave the chip, only each token's k candidates.
 
 ``topk_candidates`` walks one split of the vocabulary for one block of tokens. It keeps the split's largest entries in
@@ -20,7 +22,15 @@ from copd_kernels._types import Head
 from copd_kernels.gpu.configs import Tiles
 from copd_kernels.gpu.logits import logits_tile
 from copd_kernels.gpu.specs import compile_spec
-from copd_kernels.gpu.targets import TYPE_NAMES, CompileSpec, SpecBuilder, Target, fits_tma, target_of
+from copd_kernels.gpu.targets import (
+    TYPE_NAMES,
+    CompileSpec,
+    SpecBuilder,
+    Target,
+    check_dtypes,
+    fits_tma,
+    target_of,
+)
 
 # Order keys: int32 in the order of the fp32 values. NaN above everything, so that a row with one keeps it and is
 # found by it; "no entry" below -inf, which is an entry like any other.
@@ -129,17 +139,21 @@ def topk_candidates(
 
 
 @triton.jit
-def _best_of_row(keys, indices, begin, num_candidates, TOP_K: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Indices int32 ``[SLOTS]`` of the row's ``TOP_K`` best, -1 where there are fewer; and the largest key."""
-    lanes = tl.arange(0, WIDTH)
-    slots = tl.arange(0, SLOTS)
-    key = tl.load(keys + begin + lanes, mask=lanes < num_candidates, other=-0x80000000)
-    index = tl.load(indices + begin + lanes, mask=lanes < num_candidates, other=-1)
-    chosen = tl.full((SLOTS,), -1, tl.int32)
-    largest = tl.max(key, axis=0)
+def _best_of_rows(
+    keys, indices, rows, num_tokens, num_candidates, TOP_K: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Indices int32 ``[T, SLOTS]`` of the rows' ``TOP_K`` best, -1 where there are fewer; and the largest keys."""
+    lanes = tl.arange(0, WIDTH)[None, :]
+    slots = tl.arange(0, SLOTS)[None, :]
+    at = rows.to(tl.int64)[:, None] * num_candidates + lanes
+    inside = (rows < num_tokens)[:, None] & (lanes < num_candidates)
+    key = tl.load(keys + at, mask=inside, other=-0x80000000)
+    index = tl.load(indices + at, mask=inside, other=-1)
+    chosen = tl.full((rows.shape[0], SLOTS), -1, tl.int32)
+    largest = tl.max(key, axis=1)
     for rank in range(TOP_K):
-        top = tl.max(key, axis=0)
-        first = tl.min(tl.where(key == top, index, 0x7FFFFFFF), axis=0)
+        top = tl.max(key, axis=1)[:, None]
+        first = tl.min(tl.where(key == top, index, 0x7FFFFFFF), axis=1)[:, None]
         # An empty slot has a negative index, and no two entries share one that is not.
         chosen = tl.where((slots == rank) & (top > _NOTHING), first, chosen)
         key = tl.where((key == top) & (index == first), _NOTHING, key)
@@ -153,23 +167,28 @@ def topk_overlap_rows(
     teacher_keys,
     teacher_indices,
     overlap,
+    num_tokens,
     num_candidates,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """|TopK(s) ∩ TopK(t)| / k of one token, fp32 ``[T]``; NaN where either head has a NaN logit.
+    """|TopK(s) ∩ TopK(t)| / k of a block of tokens, fp32 ``[T]``; NaN where either head has a NaN logit.
 
     Keys and indices int32 ``[T, num_candidates]`` from ``topk_candidates``; ``WIDTH`` a power of two >= that.
     """
-    row = tl.program_id(0).to(tl.int64)
-    begin = row * num_candidates
-    student, student_largest = _best_of_row(student_keys, student_indices, begin, num_candidates, TOP_K, SLOTS, WIDTH)
-    teacher, teacher_largest = _best_of_row(teacher_keys, teacher_indices, begin, num_candidates, TOP_K, SLOTS, WIDTH)
-    common = (student[:, None] == teacher[None, :]) & (student >= 0)[:, None]
-    share = tl.sum(tl.sum(common.to(tl.float32), axis=1), axis=0) / TOP_K
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    student, student_largest = _best_of_rows(
+        student_keys, student_indices, rows, num_tokens, num_candidates, TOP_K, SLOTS, WIDTH
+    )
+    teacher, teacher_largest = _best_of_rows(
+        teacher_keys, teacher_indices, rows, num_tokens, num_candidates, TOP_K, SLOTS, WIDTH
+    )
+    common = (student[:, :, None] == teacher[:, None, :]) & (student >= 0)[:, :, None]
+    share = tl.sum(tl.sum(common.to(tl.float32), axis=2), axis=1) / TOP_K
     is_nan = (student_largest == _NAN) | (teacher_largest == _NAN)
-    tl.store(overlap + row, tl.where(is_nan, float("nan"), share))
+    tl.store(overlap + rows, tl.where(is_nan, float("nan"), share), mask=rows < num_tokens)
 
 
 # A register slot per candidate: a tile, its keys and the best so far have to fit.
@@ -178,6 +197,8 @@ MAX_TOP_K = 32
 _WANTED_PROGRAMS = 1024
 # Candidates of a row that one warp of topk_overlap_rows holds in registers.
 _MAX_CANDIDATES = 1024
+# The interpreter runs whole tiles in NumPy: small ones for small tests, which replace them by larger ones.
+_INTERPRETER_TILES = Tiles(16, 64, 32, 4, 1)
 
 
 def topk_tiles(target: Target, slots: int, dtype: torch.dtype) -> Tiles:
@@ -185,12 +206,17 @@ def topk_tiles(target: Target, slots: int, dtype: torch.dtype) -> Tiles:
     # A step over D is 128 bytes in every dtype: one row of a swizzled tile.
     block_d = 128 // dtype.itemsize
     if target.backend == "interpreter":
-        return Tiles(16, 64, 32, 4, 1)
+        return _INTERPRETER_TILES
     if target.backend == "hip":
         return Tiles(64, 128, block_d, 8, 2)
     if target.arch == 80 and dtype.itemsize == 4:
         return Tiles(64, 64, block_d, 8, 3)
     return Tiles(128, 128 if target.arch == 90 and slots <= 16 else 64, block_d, 8, 3)
+
+
+def _row_block(target: Target) -> int:
+    """Tokens of a program of ``topk_overlap_rows``: a warp's registers hold the candidates of one."""
+    return _INTERPRETER_TILES.block_t if target.backend == "interpreter" else 1
 
 
 def topk_slots(top_k: int) -> int:
@@ -220,8 +246,9 @@ def topk_overlap(student: Head, teacher: Head, *, top_k: int) -> torch.Tensor:
     Heads of a common T and V; D and dtype (fp32, bf16, fp16) may differ. -inf logits take part like any other value, a
     NaN logit makes the token's overlap NaN. Buffers: 2 heads × 8 bytes × T × splits × ``topk_slots(top_k)``, at most
     16 KiB a token and less than that for many tokens, whatever V is. Raises ValueError for ``top_k`` outside
-    1..min(V, 32).
+    1..min(V, 32) and for fp64.
     """
+    check_dtypes(student, teacher)
     num_tokens, vocab_size = student.hidden_TD.shape[0], student.weight_VD.shape[0]
     if not 1 <= top_k <= min(vocab_size, MAX_TOP_K):
         raise ValueError(f"top_k must lie in 1..{min(vocab_size, MAX_TOP_K)} on a GPU, was {top_k}")
@@ -231,9 +258,17 @@ def topk_overlap(student: Head, teacher: Head, *, top_k: int) -> torch.Tensor:
     slots = topk_slots(top_k)
     candidates = [tensor for head in (student, teacher) for tensor in _candidates(head, slots)]
     num_candidates = candidates[0].shape[1] * slots
-    width = triton.next_power_of_2(num_candidates)
-    topk_overlap_rows[(num_tokens,)](
-        *candidates, overlap_T, num_candidates, TOP_K=top_k, SLOTS=slots, WIDTH=width, num_warps=1
+    block_t = _row_block(target_of(overlap_T.device))
+    topk_overlap_rows[(triton.cdiv(num_tokens, block_t),)](
+        *candidates,
+        overlap_T,
+        num_tokens,
+        num_candidates,
+        TOP_K=top_k,
+        SLOTS=slots,
+        WIDTH=triton.next_power_of_2(num_candidates),
+        BLOCK_T=block_t,
+        num_warps=1,
     )
     return overlap_T
 
@@ -305,8 +340,8 @@ def _overlap_rows_spec(target: Target, hidden_size: int, vocab_size: int, dtype:
     pointers = ("student_keys", "student_indices", "teacher_keys", "teacher_indices")
     return compile_spec(
         topk_overlap_rows,
-        {**dict.fromkeys(pointers, "*i32"), "overlap": "*fp32", "num_candidates": "i32"},
-        {"TOP_K": MAX_TOP_K, "SLOTS": topk_slots(MAX_TOP_K), "WIDTH": _MAX_CANDIDATES},
+        {**dict.fromkeys(pointers, "*i32"), "overlap": "*fp32", "num_tokens": "i32", "num_candidates": "i32"},
+        {"TOP_K": MAX_TOP_K, "SLOTS": topk_slots(MAX_TOP_K), "WIDTH": _MAX_CANDIDATES, "BLOCK_T": _row_block(target)},
         num_warps=1,
         divisible=["num_candidates"],
     )

@@ -1,0 +1,237 @@
+"""Matrix products of the CPU driver: logits of one head, and the gradients that come of the gradient of its logits.
+
+16-bit inputs. Logits are wanted in fp32, and ``torch.mm`` would round them to 16 bits. bf16 is multiplied by brgemm
+into fp32 (csrc/bf16_products.cpp) where the CPU has AMX or avx512_bf16; what is left is converted to fp32, exactly,
+tile by tile, and multiplied as such.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+
+from copd_kernels import _rows
+from copd_kernels._types import Gradients, Head, Wanted
+
+# One tile of fp32 logits or of converted weights.
+TILE_BYTES = 6 * 2**20
+TILE_TOKENS = 512
+# Entries of the vocabulary that one product sums up. Some BLAS add one entry after another, and not to 0 but to what is
+# there already: over 250,000 of them two digits are lost.
+_LONGEST_SUM = 16384
+# Packed hidden states are kept up to here; beyond, they are made again for every tile.
+_KEPT_BYTES = 32 * 2**20
+# Entries of the gradient above this share of the row's scale are corrected for their rounding to bf16, so many at most
+# of each row and tile: a flat row has no few that matter.
+_CORRECTED_SHARE, _MOST_CORRECTED = 1 / 8, 32
+
+_ATEN_ROWS = SimpleNamespace(**_rows._ATEN)
+
+
+def row_ops(dtype: torch.dtype) -> SimpleNamespace | types.ModuleType:
+    """The compiled bodies take fp32 alone."""
+    return torch.ops.copd_kernels if dtype == torch.float32 else _ATEN_ROWS
+
+
+def slices(size: int, step: int) -> Iterator[slice]:
+    for begin in range(0, size, step):
+        yield slice(begin, min(begin + step, size))
+
+
+def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A buffer that is written whole at once: on large pages where there are any."""
+    buffer = like.new_empty(shape, dtype=dtype)
+    if buffer.nbytes >= TILE_BYTES and hasattr(torch.ops.copd_kernels, "advise_huge_pages"):
+        torch.ops.copd_kernels.advise_huge_pages(buffer)
+    return buffer
+
+
+def tile_step(head: Head) -> int:
+    """Vocabulary entries of a tile, a multiple of 64: as many weights as fit, or as many logits of a chunk."""
+    most = min(TILE_BYTES // 4 // max(1, head.hidden_TD.shape[1]), TILE_BYTES // 4 // TILE_TOKENS)
+    return max(64, most // 64 * 64)
+
+
+def multiplies_bf16(head: Head, dtype: torch.dtype) -> bool:
+    """Whether brgemm makes this head's logits; beside an fp64 policy they are fp64."""
+    hidden_TD, weight_VD, _ = head
+    if dtype != torch.float32 or not hidden_TD.dtype == weight_VD.dtype == torch.bfloat16:
+        return False
+    # Pairs of hidden dimensions stand side by side in what it takes.
+    if hidden_TD.shape[1] == 0 or hidden_TD.shape[1] % 2:
+        return False
+    if row_ops(dtype) is _ATEN_ROWS or not hasattr(torch.ops.copd_kernels, "bf16_available"):
+        return False
+    return bool(torch.ops.copd_kernels.bf16_available())
+
+
+class Projection:
+    """Logits of one head, whatever the dtype of its inputs; its last converted or packed tile of weights is kept."""
+
+    def __init__(self, head: Head, temperature: float, softcap: float, dtype: torch.dtype) -> None:
+        self.head, self._temperature, self._softcap = head, temperature, softcap
+        self._rows = row_ops(dtype)
+        self._bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+        self.by_bf16 = multiplies_bf16(head, dtype)
+        self._is_16_bit = head.hidden_TD.dtype in (torch.bfloat16, torch.float16)
+        self._kept: tuple[slice, torch.Tensor] | None = None
+
+    def weight(self, tile: slice) -> torch.Tensor:
+        """Rows of the weight: packed for brgemm, or in the dtype of the products."""
+        if not self._is_16_bit:
+            return self.head.weight_VD[tile]
+        if self._kept is None or self._kept[0] != tile:
+            self._kept = None
+            rows = self.head.weight_VD[tile]
+            self._kept = tile, torch.ops.copd_kernels.bf16_pack(rows, True) if self.by_bf16 else rows.float()
+        return self._kept[1]
+
+    def hidden(self, rows: slice) -> torch.Tensor:
+        hidden_CD = self.head.hidden_TD[rows]
+        return hidden_CD.float() if self._is_16_bit and not self.by_bf16 else hidden_CD
+
+    def logits_(self, rows: slice, tile: slice, out_CV: torch.Tensor) -> None:
+        """Logits of a chunk of tokens and a tile of the vocabulary, into ``out_CV``."""
+        step = tile_step(self.head) if self._is_16_bit else tile.stop - tile.start
+        hidden_CD = self.hidden(rows)
+        for part in slices(tile.stop - tile.start, max(1, step)):
+            weight = self.weight(slice(tile.start + part.start, tile.start + part.stop))
+            target = out_CV[:, part]
+            if self.by_bf16:
+                torch.ops.copd_kernels.bf16_product_(hidden_CD, weight, target, False)
+            elif weight.dtype == out_CV.dtype:
+                torch.mm(hidden_CD, weight.T, out=target)
+            else:
+                target.copy_(hidden_CD @ weight.T)
+        bias = None if self._bias_V is None else self._bias_V[tile]
+        self._rows.prepare_(out_CV, bias, self._temperature, self._softcap)
+
+
+class Gradient:
+    """Gradients of hidden, weight and bias by fp32 (or fp64) products; sums stay in the statistics dtype until they are
+    complete."""
+
+    def __init__(self, projection: Projection, wanted: Wanted, dtype: torch.dtype) -> None:
+        self._projection, self._dtype = projection, dtype
+        hidden_TD, weight_VD, _ = projection.head
+        self.hidden_TD = empty(hidden_TD, (*hidden_TD.shape,), dtype) if wanted[0] else None
+        self.weight_VD = empty(weight_VD, (*weight_VD.shape,), weight_VD.dtype) if wanted[1] else None
+        self.bias_V = weight_VD.new_zeros(weight_VD.shape[0], dtype=dtype) if wanted[2] else None
+        self._tile_grad = hidden_TD.new_empty(0)
+
+    def add_rows(self, rows: slice, grad_CV: torch.Tensor) -> None:
+        """The gradient of a chunk's logits over the whole vocabulary; weights of the statistics dtype only."""
+        weight_VD, hidden_CD = self._projection.head.weight_VD, self._projection.head.hidden_TD[rows]
+        if self.hidden_TD is not None:
+            for part in slices(weight_VD.shape[0], _LONGEST_SUM):
+                self._add_hidden(rows, grad_CV[:, part], weight_VD[part], is_first=part.start == 0)
+        if self.weight_VD is not None:
+            if rows.start == 0:
+                torch.mm(grad_CV.T, hidden_CD, out=self.weight_VD)
+            else:
+                self.weight_VD.addmm_(grad_CV.T, hidden_CD)
+        if self.bias_V is not None:
+            self.bias_V += grad_CV.sum(0)
+
+    def _add_hidden(self, rows: slice, grad_CV: torch.Tensor, weight_vD: torch.Tensor, *, is_first: bool) -> None:
+        assert self.hidden_TD is not None
+        hidden = self.hidden_TD[rows]
+        if is_first and hidden.dtype == weight_vD.dtype:
+            torch.mm(grad_CV, weight_vD, out=hidden)
+        elif is_first:
+            hidden.copy_(grad_CV @ weight_vD)
+        else:
+            hidden += grad_CV @ weight_vD
+
+    def begin_tile(self, tile: slice) -> None:
+        """Before the chunks of a tile."""
+        if self.weight_VD is not None:
+            self._tile_grad = torch.zeros_like(self._projection.weight(tile))
+
+    def add_tile(self, rows: slice, tile: slice, grad_CV: torch.Tensor, scale_C: torch.Tensor) -> None:
+        """The gradient of a chunk's logits over a tile. ``scale_C``: about the largest of a row, over all tiles."""
+        weight_vD, hidden_CD = self._projection.weight(tile), self._projection.hidden(rows)
+        if self.bias_V is not None:
+            self.bias_V[tile] += grad_CV.sum(0)
+        grad_CV = grad_CV.to(weight_vD.dtype)
+        if self.hidden_TD is not None:
+            self._add_hidden(rows, grad_CV, weight_vD, is_first=tile.start == 0)
+        if self.weight_VD is not None:
+            self._tile_grad.addmm_(grad_CV.T, hidden_CD)
+
+    def end_tile(self, tile: slice) -> None:
+        """After them: the gradient of the tile's weights is rounded once, when it is complete."""
+        if self.weight_VD is not None:
+            self.weight_VD[tile] = self._tile_grad
+
+    def finish(self) -> Gradients:
+        hidden_TD, _, bias_V = self._projection.head
+        if self.weight_VD is not None and hidden_TD.shape[0] == 0:
+            self.weight_VD.zero_()
+        return (
+            None if self.hidden_TD is None else self.hidden_TD.to(hidden_TD.dtype),
+            self.weight_VD,
+            None if self.bias_V is None else self.bias_V.to(hidden_TD.dtype if bias_V is None else bias_V.dtype),
+        )
+
+
+class Bf16Gradient(Gradient):
+    """The same by brgemm: bf16 factors, fp32 sums.
+
+    The gradient of the logits is rounded to bf16 on its way into the products, which alone would cost 1.5e-3 of the
+    gradients (relative, Frobenius). Nearly all of that comes from the few largest entries of each row: what rounding
+    took from these is added in fp32.
+    """
+
+    def __init__(self, projection: Projection, wanted: Wanted, dtype: torch.dtype) -> None:
+        super().__init__(projection, wanted, dtype)
+        self._packed_hidden: dict[int, torch.Tensor] = {}
+        self._packed_weight = self._tile_grad
+
+    def begin_tile(self, tile: slice) -> None:
+        head, size = self._projection.head, tile.stop - tile.start
+        if self.hidden_TD is not None:
+            if tile.start == 0:
+                self.hidden_TD.zero_()
+            self._packed_weight = torch.ops.copd_kernels.bf16_pack(head.weight_VD[tile], False)
+        if self.weight_VD is not None and self._tile_grad.shape[0] != size:
+            self._tile_grad = head.hidden_TD.new_empty(size, head.hidden_TD.shape[1], dtype=self._dtype)
+
+    def _hidden(self, rows: slice) -> torch.Tensor:
+        """A chunk of hidden states, packed."""
+        if rows.start in self._packed_hidden:
+            return self._packed_hidden[rows.start]
+        hidden_TD = self._projection.head.hidden_TD
+        packed: torch.Tensor = torch.ops.copd_kernels.bf16_pack(hidden_TD[rows], False)
+        if hidden_TD.nbytes <= _KEPT_BYTES:
+            self._packed_hidden[rows.start] = packed
+        return packed
+
+    def add_tile(self, rows: slice, tile: slice, grad_CV: torch.Tensor, scale_C: torch.Tensor) -> None:
+        ops, head = torch.ops.copd_kernels, self._projection.head
+        num_tokens, size = grad_CV.shape
+        if self.bias_V is not None:
+            self.bias_V[tile] += grad_CV.sum(0)
+        if self.hidden_TD is None and self.weight_VD is None:
+            return
+        # The products sum over pairs: a column of zeros makes the number even.
+        rounded_CV = head.hidden_TD.new_empty(num_tokens, size + size % 2)
+        rounded_CV[:, size:] = 0
+        hits = torch.empty(num_tokens, _MOST_CORRECTED, dtype=torch.int32)
+        ops.round_bf16_(grad_CV, _CORRECTED_SHARE * scale_C, rounded_CV[:, :size], hits)
+        if self.hidden_TD is not None:
+            ops.bf16_product_(rounded_CV, self._packed_weight, self.hidden_TD[rows], True)
+            ops.correct_bf16_(grad_CV, hits, head.weight_VD[tile], self.hidden_TD[rows], False)
+        if self.weight_VD is not None:
+            transposed_VC = rounded_CV.new_empty(size, num_tokens + num_tokens % 2)
+            transposed_VC[:, num_tokens:] = 0
+            ops.bf16_transpose_(rounded_CV[:, :size], transposed_VC[:, :num_tokens])
+            ops.bf16_product_(transposed_VC, self._hidden(rows), self._tile_grad, rows.start > 0)
+            ops.correct_bf16_(grad_CV, hits, head.hidden_TD[rows], self._tile_grad, True)
+
+
+def gradient_of(projection: Projection, wanted: Wanted, dtype: torch.dtype) -> Gradient:
+    return (Bf16Gradient if projection.by_bf16 else Gradient)(projection, wanted, dtype)
