@@ -8,6 +8,7 @@ Dimension suffixes: T tokens, D hidden size, V vocabulary, B responses.
 
 from copd_kernels import statistics, vocab_parallel
 from copd_kernels._library import native_available
+from copd_kernels._products import empty_cache
 from copd_kernels.advantages import GroupAdvantages, group_advantages
 from copd_kernels.linear_divergence import Divergence, linear_divergence
 from copd_kernels.linear_logprob import LogProb, linear_logprob
@@ -20,6 +21,7 @@ __all__ = [
     "GroupAdvantages",
     "LogProb",
     "PolicyLoss",
+    "empty_cache",
     "group_advantages",
     "linear_divergence",
     "linear_logprob",

@@ -22,9 +22,11 @@ from copd_kernels import _products, statistics
 from copd_kernels._products import Gradient, Projection, gradient_of, slices
 from copd_kernels._types import Gradients, Head, Wanted
 
-# The workspace of the way by rows, all heads together: 512 tokens of two heads at V = 32,768. Fewer tokens at a time
-# make the products slower, and fp32 weight gradients are read and written once per chunk.
+# The most that the way by rows takes for its workspace, all heads together: 512 tokens of two heads at V = 32,768.
+# Fewer tokens at a time make torch.mm slower, and fp32 weights and their gradients are read and written once per chunk.
 ROWS_BYTES = 128 * 2**20
+# brgemm is content with less, as long as it is so many tokens.
+_FEW_ROWS_BYTES, _FEW_TOKENS = 40 * 2**20, 128
 
 # The heads have their dtype already; products of fp32 or fp64 sums stay what they are.
 _without_autocast = torch.autocast("cpu", enabled=False)
@@ -37,9 +39,9 @@ def statistics_dtype(*heads: Head | None) -> torch.dtype:
     return torch.float64 if fp64 else torch.float32
 
 
-def _rows_step(num_tokens: int, row_bytes: int) -> int:
+def _rows_step(num_tokens: int, row_bytes: int, workspace_bytes: int) -> int:
     """Tokens of a chunk by rows: chunks of equal size, in multiples of 16, that fit the workspace."""
-    most = max(16, ROWS_BYTES // row_bytes // 16 * 16)
+    most = max(16, workspace_bytes // row_bytes // 16 * 16)
     num_chunks = max(1, -(-num_tokens // most))
     return min(most, -(-num_tokens // num_chunks // 16) * 16) if num_tokens else most
 
@@ -74,6 +76,7 @@ class _Pass:
         self.num_tokens, self.vocab_size = student.hidden_TD.shape[0], student.weight_VD.shape[0]
         self.dtype = statistics_dtype(student, teacher)
         self.rows = _products.row_ops(self.dtype)
+        self.by_brgemm = self.dtype == torch.float32 and _products.has_fp32_brgemm()
         self.target_T = (
             torch.full((self.num_tokens,), -1, dtype=torch.int64, device=student.hidden_TD.device)
             if target_T is None
@@ -85,7 +88,8 @@ class _Pass:
 
     def rows_step(self) -> int:
         row_bytes = self.vocab_size * self.dtype.itemsize * len(self.heads)
-        return self.chunk_tokens or _rows_step(self.num_tokens, row_bytes)
+        workspace_bytes = max(_FEW_ROWS_BYTES, _FEW_TOKENS * row_bytes) if self.by_brgemm else ROWS_BYTES
+        return self.chunk_tokens or _rows_step(self.num_tokens, row_bytes, min(ROWS_BYTES, workspace_bytes))
 
     def tile_tokens(self) -> int:
         return self.chunk_tokens or _products.TILE_TOKENS

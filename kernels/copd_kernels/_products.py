@@ -2,11 +2,13 @@
 
 16-bit inputs. Logits are wanted in fp32, and ``torch.mm`` would round them to 16 bits. bf16 is multiplied by brgemm
 into fp32 (csrc/bf16_products.cpp) where the CPU has AMX or avx512_bf16; what is left is converted to fp32, exactly,
-tile by tile, and multiplied as such.
+tile by tile, and multiplied as such. fp32 is multiplied by torch, or by brgemm where that is faster
+(csrc/fp32_products.cpp).
 """
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -19,9 +21,13 @@ from copd_kernels._types import Gradients, Head, Wanted
 # One tile of fp32 logits or of converted weights.
 TILE_BYTES = 6 * 2**20
 TILE_TOKENS = 512
+# Buffers from here on are pooled.
+_POOLED_BYTES = 2**20
 # Entries of the vocabulary that one product sums up. Some BLAS add one entry after another, and not to 0 but to what is
 # there already: over 250,000 of them two digits are lost.
 _LONGEST_SUM = 16384
+# Products smaller than this (a·b·c of [a, b] @ [b, c]) are torch's: brgemm compiles a kernel for every new shape.
+_SMALLEST_BRGEMM = 2**20
 # Packed hidden states are kept up to here; beyond, they are made again for every tile.
 _KEPT_BYTES = 32 * 2**20
 # Entries of the gradient above this share of the row's scale are corrected for their rounding to bf16, so many at most
@@ -42,11 +48,23 @@ def slices(size: int, step: int) -> Iterator[slice]:
 
 
 def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A buffer that is written whole at once: on large pages where there are any."""
-    buffer = like.new_empty(shape, dtype=dtype)
-    if buffer.nbytes >= TILE_BYTES and hasattr(torch.ops.copd_kernels, "advise_huge_pages"):
-        torch.ops.copd_kernels.advise_huge_pages(buffer)
-    return buffer
+    """``like.new_empty``; large buffers come from a pool, and go back to it when their last tensor is gone."""
+    # In this mode torch fills what is empty with NaN, so that it shows when somebody reads it.
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    poisoned = torch.are_deterministic_algorithms_enabled() and fills
+    is_large = math.prod(shape) * dtype.itemsize >= _POOLED_BYTES
+    if is_large and not poisoned and like.device.type == "cpu" and hasattr(torch.ops.copd_kernels, "pooled_empty"):
+        pooled: torch.Tensor = torch.ops.copd_kernels.pooled_empty(shape, dtype)
+        return pooled
+    return like.new_empty(shape, dtype=dtype)
+
+
+def empty_cache() -> int:
+    """Give the memory back that the CPU operations keep between calls, at most 384 MiB; returns its bytes.
+
+    Workspaces and weight gradients are taken from there: pages that are fresh from the system cost a tenth of a call.
+    """
+    return int(torch.ops.copd_kernels.empty_cache()) if hasattr(torch.ops.copd_kernels, "empty_cache") else 0
 
 
 def tile_step(head: Head) -> int:
@@ -66,6 +84,52 @@ def multiplies_bf16(head: Head, dtype: torch.dtype) -> bool:
     if row_ops(dtype) is _ATEN_ROWS or not hasattr(torch.ops.copd_kernels, "bf16_available"):
         return False
     return bool(torch.ops.copd_kernels.bf16_available())
+
+
+def has_fp32_brgemm() -> bool:
+    """Whether brgemm multiplies fp32 faster than torch does on this CPU."""
+    if row_ops(torch.float32) is _ATEN_ROWS or not hasattr(torch.ops.copd_kernels, "fp32_available"):
+        return False
+    return bool(torch.ops.copd_kernels.fp32_available())
+
+
+def _by_fp32_brgemm(a: torch.Tensor, b: torch.Tensor, size: int) -> bool:
+    """Whether brgemm multiplies ``a`` and ``b``; ``size``: a·b·c of the product."""
+    return size >= _SMALLEST_BRGEMM and a.dtype == b.dtype == torch.float32 and has_fp32_brgemm()
+
+
+def logits_(hidden_CD: torch.Tensor, weight_vD: torch.Tensor, out_CV: torch.Tensor) -> None:
+    """out = hidden @ weight.T; fp32 or fp64, ``out`` may be wider than the inputs."""
+    if weight_vD.dtype != out_CV.dtype:
+        out_CV.copy_(hidden_CD @ weight_vD.T)
+    elif _by_fp32_brgemm(hidden_CD, weight_vD, hidden_CD.numel() * len(weight_vD)):
+        torch.ops.copd_kernels.fp32_logits_(hidden_CD, weight_vD, out_CV)
+    else:
+        torch.mm(hidden_CD, weight_vD.T, out=out_CV)
+
+
+def add_hidden_(out_CD: torch.Tensor, grad_CV: torch.Tensor, weight_vD: torch.Tensor, *, is_first: bool) -> None:
+    """out = grad @ weight if ``is_first``, else out += that."""
+    if _by_fp32_brgemm(grad_CV, weight_vD, grad_CV.numel() * weight_vD.shape[1]):
+        torch.ops.copd_kernels.fp32_hidden_grad_(grad_CV, weight_vD, out_CD, not is_first)
+        return
+    for part in slices(len(weight_vD), _LONGEST_SUM):
+        if not is_first or part.start > 0:
+            out_CD += grad_CV[:, part] @ weight_vD[part]
+        elif out_CD.dtype == weight_vD.dtype:
+            torch.mm(grad_CV[:, part], weight_vD[part], out=out_CD)
+        else:
+            out_CD.copy_(grad_CV[:, part] @ weight_vD[part])
+
+
+def add_weight_(out_vD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, *, is_first: bool) -> None:
+    """out = grad.T @ hidden if ``is_first``, else out += that."""
+    if _by_fp32_brgemm(grad_CV, hidden_CD, grad_CV.numel() * hidden_CD.shape[1]):
+        torch.ops.copd_kernels.fp32_weight_grad_(grad_CV, hidden_CD, out_vD, not is_first)
+    elif is_first:
+        torch.mm(grad_CV.T, hidden_CD, out=out_vD)
+    else:
+        out_vD.addmm_(grad_CV.T, hidden_CD)
 
 
 class Projection:
@@ -102,10 +166,8 @@ class Projection:
             target = out_CV[:, part]
             if self.by_bf16:
                 torch.ops.copd_kernels.bf16_product_(hidden_CD, weight, target, False)
-            elif weight.dtype == out_CV.dtype:
-                torch.mm(hidden_CD, weight.T, out=target)
             else:
-                target.copy_(hidden_CD @ weight.T)
+                logits_(hidden_CD, weight, target)
         bias = None if self._bias_V is None else self._bias_V[tile]
         self._rows.prepare_(out_CV, bias, self._temperature, self._softcap)
 
@@ -126,30 +188,17 @@ class Gradient:
         """The gradient of a chunk's logits over the whole vocabulary; weights of the statistics dtype only."""
         weight_VD, hidden_CD = self._projection.head.weight_VD, self._projection.head.hidden_TD[rows]
         if self.hidden_TD is not None:
-            for part in slices(weight_VD.shape[0], _LONGEST_SUM):
-                self._add_hidden(rows, grad_CV[:, part], weight_VD[part], is_first=part.start == 0)
+            add_hidden_(self.hidden_TD[rows], grad_CV, weight_VD, is_first=True)
         if self.weight_VD is not None:
-            if rows.start == 0:
-                torch.mm(grad_CV.T, hidden_CD, out=self.weight_VD)
-            else:
-                self.weight_VD.addmm_(grad_CV.T, hidden_CD)
+            add_weight_(self.weight_VD, grad_CV, hidden_CD, is_first=rows.start == 0)
         if self.bias_V is not None:
             self.bias_V += grad_CV.sum(0)
-
-    def _add_hidden(self, rows: slice, grad_CV: torch.Tensor, weight_vD: torch.Tensor, *, is_first: bool) -> None:
-        assert self.hidden_TD is not None
-        hidden = self.hidden_TD[rows]
-        if is_first and hidden.dtype == weight_vD.dtype:
-            torch.mm(grad_CV, weight_vD, out=hidden)
-        elif is_first:
-            hidden.copy_(grad_CV @ weight_vD)
-        else:
-            hidden += grad_CV @ weight_vD
 
     def begin_tile(self, tile: slice) -> None:
         """Before the chunks of a tile."""
         if self.weight_VD is not None:
-            self._tile_grad = torch.zeros_like(self._projection.weight(tile))
+            weight_vD = self._projection.weight(tile)
+            self._tile_grad = empty(weight_vD, (*weight_vD.shape,), weight_vD.dtype)
 
     def add_tile(self, rows: slice, tile: slice, grad_CV: torch.Tensor, scale_C: torch.Tensor) -> None:
         """The gradient of a chunk's logits over a tile. ``scale_C``: about the largest of a row, over all tiles."""
@@ -158,9 +207,9 @@ class Gradient:
             self.bias_V[tile] += grad_CV.sum(0)
         grad_CV = grad_CV.to(weight_vD.dtype)
         if self.hidden_TD is not None:
-            self._add_hidden(rows, grad_CV, weight_vD, is_first=tile.start == 0)
+            add_hidden_(self.hidden_TD[rows], grad_CV, weight_vD, is_first=tile.start == 0)
         if self.weight_VD is not None:
-            self._tile_grad.addmm_(grad_CV.T, hidden_CD)
+            add_weight_(self._tile_grad, grad_CV, hidden_CD, is_first=rows.start == 0)
 
     def end_tile(self, tile: slice) -> None:
         """After them: the gradient of the tile's weights is rounded once, when it is complete."""
@@ -198,7 +247,7 @@ class Bf16Gradient(Gradient):
                 self.hidden_TD.zero_()
             self._packed_weight = torch.ops.copd_kernels.bf16_pack(head.weight_VD[tile], False)
         if self.weight_VD is not None and self._tile_grad.shape[0] != size:
-            self._tile_grad = head.hidden_TD.new_empty(size, head.hidden_TD.shape[1], dtype=self._dtype)
+            self._tile_grad = empty(head.hidden_TD, (size, head.hidden_TD.shape[1]), self._dtype)
 
     def _hidden(self, rows: slice) -> torch.Tensor:
         """A chunk of hidden states, packed."""
@@ -218,7 +267,7 @@ class Bf16Gradient(Gradient):
         if self.hidden_TD is None and self.weight_VD is None:
             return
         # The products sum over pairs: a column of zeros makes the number even.
-        rounded_CV = head.hidden_TD.new_empty(num_tokens, size + size % 2)
+        rounded_CV = empty(head.hidden_TD, (num_tokens, size + size % 2), torch.bfloat16)
         rounded_CV[:, size:] = 0
         hits = torch.empty(num_tokens, _MOST_CORRECTED, dtype=torch.int32)
         ops.round_bf16_(grad_CV, _CORRECTED_SHARE * scale_C, rounded_CV[:, :size], hits)
@@ -226,7 +275,7 @@ class Bf16Gradient(Gradient):
             ops.bf16_product_(rounded_CV, self._packed_weight, self.hidden_TD[rows], True)
             ops.correct_bf16_(grad_CV, hits, head.weight_VD[tile], self.hidden_TD[rows], False)
         if self.weight_VD is not None:
-            transposed_VC = rounded_CV.new_empty(size, num_tokens + num_tokens % 2)
+            transposed_VC = empty(rounded_CV, (size, num_tokens + num_tokens % 2), torch.bfloat16)
             transposed_VC[:, num_tokens:] = 0
             ops.bf16_transpose_(rounded_CV[:, :size], transposed_VC[:, :num_tokens])
             ops.bf16_product_(transposed_VC, self._hidden(rows), self._tile_grad, rows.start > 0)
