@@ -35,7 +35,7 @@ bench: $(VENV)/.installed-dev
 
 # About three quarters of an hour on two quiet cores. BENCH_ARGS comes last and overrides: BENCH_ARGS="--repeats 7".
 bench-kernels: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.bench_kernels --repeats 3 --memory-vocab 151936 --memory-peers yardstick copd naive compile --large \
+	$(BIN)/python -m benchmarks.bench_kernels --repeats 3 --memory-vocab 151936 --memory-peers yardstick copd naive --large \
 		--by "make bench-kernels" --markdown benchmarks/RESULTS.md $(BENCH_ARGS)
 
 bench-gpu: $(VENV)/.installed-bench

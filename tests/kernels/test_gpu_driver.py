@@ -67,6 +67,18 @@ def test_no_tokens(randn, dtype) -> None:
             assert gradient.eq(0).all()
 
 
+def test_an_outer_autocast_changes_nothing(randn, randint) -> None:
+    """The operations have cast the heads before; the driver's own products stay in fp32."""
+    student, teacher, target = head(randn, 5, 70), head(randn, 5, 70), randint(70, 5)
+    options = {"coefficients": surrogate_coefficients, "second_beta": None, "top_k": 0, "wanted": ALL, **SCALE}
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            stats, _, _, gradients = driver.fused(student, teacher, target, **options)
+        results.append([stats, *gradients])
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*results, strict=True))
+
+
 def test_fp64_is_refused_by_every_function(randn) -> None:
     wide, good = head(randn, 2, 9, dtype=torch.float64), head(randn, 2, 9)
     target, stats = torch.zeros(2, dtype=torch.int64), torch.zeros(12, 2)

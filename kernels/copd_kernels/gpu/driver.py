@@ -46,7 +46,9 @@ def _on_its_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*args: _P.args, **options: _P.kwargs) -> _R:
         head = args[0]
         assert isinstance(head, Head)
-        with on_device(head.hidden_TD.device):
+        device = head.hidden_TD.device
+        # Without an outer autocast: the heads have their dtype already, and fp32 sums are to stay what they are.
+        with on_device(device), torch.autocast(device.type, enabled=False):
             return function(*args, **options)
 
     return call
