@@ -98,6 +98,8 @@ EXTRAS = {
         "pytest-benchmark",
         "pytest-xdist",
         "hypothesis",
+        # The GPU kernels are tested in its interpreter and compiled ahead of time: no GPU is needed.
+        "triton; sys_platform == 'linux'",
         "ruff",
         "mypy",
         "clang-format",
