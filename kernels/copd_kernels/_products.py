@@ -62,7 +62,7 @@ def empty(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tor
 def empty_cache() -> int:
     """Give the memory back that the CPU operations keep between calls, at most 384 MiB; returns its bytes.
 
-    Workspaces and weight gradients are taken from there: pages that are fresh from the system cost a tenth of a call.
+    Workspaces and weight gradients are taken from there: pages that are fresh from the system are cleared first.
     """
     return int(torch.ops.copd_kernels.empty_cache()) if hasattr(torch.ops.copd_kernels, "empty_cache") else 0
 

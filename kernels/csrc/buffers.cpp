@@ -1,5 +1,5 @@
 // Large buffers that are used again. Every call wants a workspace and a weight gradient of a hundred megabytes and
-// more; memory that is fresh from the system costs a tenth of a call, because its pages are cleared when first touched.
+// more, and pages that are fresh from the system are cleared when first touched.
 
 #include <cstdint>
 #include <cstdlib>

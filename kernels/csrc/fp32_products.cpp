@@ -1,6 +1,6 @@
 // Products of fp32 matrices by libtorch's brgemm, for CPUs whose AVX-512 the BLAS behind torch.mm leaves idle: MKL does
-// on other vendors' (measured on Zen 5: two and a half times slower). Every entry is one sum in a fixed order, whatever
-// the threads.
+// on other vendors' (benchmarks/RESULTS.md, scoring in fp32). Every entry is one sum in a fixed order, whatever the
+// threads.
 //
 // brgemm takes its right-hand side as panels [K, 64]; those whose rows lie far apart in memory are copied into one of
 // the thread's own.
