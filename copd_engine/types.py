@@ -17,9 +17,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
     from PIL import Image
+
+    ImageInput = Image.Image | Path | bytes
+    VideoInput = np.ndarray | Path | tuple[ImageInput, ...]
 
 
 class UserError(ValueError):
@@ -43,19 +48,36 @@ def suggest(word: str, known: Iterable[str]) -> str:
 class Example:
     """One prompt with its verifiable answer.
 
-    ``prompt`` is the user's turn without chat template. Each image of ``images`` stands for one
-    ``<image>`` marker of the prompt, in order; videos likewise with ``<video>``. A prompt without
-    markers gets its media in front. A video is uint8 ``[frames, height, width, 3]`` at ``fps``.
+    ``prompt`` is the last user turn without chat template; ``messages``, where the data gives a whole conversation, are
+    its turns ``{"role": ..., "content": text}``, of which that is the last. Each image of ``images`` stands for one
+    ``<image>`` marker of the turns, in order; videos likewise with ``<video>``. Media without markers stand in front of
+    the prompt.
+
+    An image is a PIL image, a path or an encoded file's bytes. A video is uint8 ``[frames, height, width, 3]`` at
+    ``fps``, a path, or a tuple of images as frames at ``fps``. Paths and bytes are decoded when the prompt is encoded
+    and not kept. ``where`` says where the row stands (``data.jsonl:7``), for error lines.
     """
 
     uid: str
     prompt: str
     answer: str
     verifier: str
-    images: tuple[Image.Image, ...] = ()
-    videos: tuple[np.ndarray, ...] = ()
+    images: tuple[ImageInput, ...] = ()
+    videos: tuple[VideoInput, ...] = ()
     fps: float = 2.0
     metadata: dict[str, Any] = field(default_factory=dict)
+    messages: tuple[dict[str, str], ...] = ()
+    where: str = ""
+
+    @property
+    def turns(self) -> tuple[dict[str, str], ...]:
+        """The conversation as the chat template takes it."""
+        return self.messages or ({"role": "user", "content": self.prompt},)
+
+    @property
+    def name(self) -> str:
+        """How an error line calls it: the uid, and its file and line where known."""
+        return f"prompt {self.uid!r}" + (f" ({self.where})" if self.where and self.where != self.uid else "")
 
 
 @dataclass(frozen=True)
@@ -64,7 +86,8 @@ class EncodedPrompt:
 
     ``input_ids_T`` int64, media placeholders already expanded; ``position_ids_3T`` int64, the M-RoPE rows
     (three equal rows for text-only models); ``next_position`` is the position of the first response token.
-    ``pixel_values`` fp32 ``[patches, patch_dim]`` and ``image_grid_thw`` int64 ``[images, 3]``, or None.
+    ``pixel_values`` fp32 ``[patches, patch_dim]`` and ``image_grid_thw`` int64 ``[images, 3]``, or None; videos
+    likewise. ``video_timestamps``: per video the time of each temporal patch in seconds.
     """
 
     example: Example
@@ -75,6 +98,7 @@ class EncodedPrompt:
     image_grid_thw: torch.Tensor | None = None
     pixel_values_videos: torch.Tensor | None = None
     video_grid_thw: torch.Tensor | None = None
+    video_timestamps: tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_tokens(self) -> int:
