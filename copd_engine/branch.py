@@ -12,6 +12,7 @@ import torch
 from copd_kernels import linear_logprob, linear_policy_loss
 
 from copd_engine.config import ObjectiveConfig, OptimConfig
+from copd_engine.master_weights import MasterWeights
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.objectives import TrainSample
 from copd_engine.packing import pack, split_by_tokens
@@ -36,7 +37,8 @@ class _Totals:
 class Branch:
     """A policy that is trained.
 
-    ``version`` counts its parameter updates, ``num_skipped`` those left out for a NaN or infinite loss or gradient.
+    ``parameters`` are the trainable ones in the model's dtype, ``masters`` what the optimizer steps: the same tensors in
+    fp32. ``version`` counts the parameter updates, ``num_skipped`` those left out for a NaN or infinite loss or gradient.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Branch:
         self._objective = objective
         self._temperature = temperature
         self.parameters = policy.named_parameters()
+        self.masters = MasterWeights(self.parameters)
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+            self.masters.tensors.values(),
             lr=optim.lr,
             betas=optim.betas,
             eps=optim.eps,
@@ -107,10 +110,11 @@ class Branch:
                 self._accumulate([part[i] for i in indexes], old_logp, scale, totals) for indexes in self._batches(part)
             )
             grad_norm = float(
-                torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._optim.max_grad_norm, foreach=True)
+                torch.nn.utils.clip_grad_norm_(self.masters.tensors.values(), self._optim.max_grad_norm, foreach=True)
             )
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.optimizer.step()
+                self.masters.round_into_model()
                 self.version += 1
                 self.num_skipped_in_a_row = 0
                 totals.loss += loss / scale

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and one JSON manifest with hashes, written aside and renamed. Nothing is unpickled.
 
-``checkpoints/step-000020/`` holds ``model-BRANCH.safetensors``, ``optim-BRANCH.safetensors`` (AdamW's moments) and
-``manifest.json`` (step, versions, data cursors, SHA-256 of each file and of the manifest itself). A folder without a
-manifest whose hashes hold is never resumed from, so a kill at any moment leaves the last complete one.
+``checkpoints/step-000020/`` holds ``model-BRANCH.safetensors`` (the trained weights, the fp32 masters of a bf16 model;
+frozen ones are the base's), ``optim-BRANCH.safetensors`` (AdamW's moments) and ``manifest.json`` (step, versions, data
+cursors, SHA-256 of each file and of the manifest itself). A folder without a manifest whose hashes hold is never resumed
+from, so a kill at any moment leaves the last complete one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def save_checkpoint(folder: Path, step: int, branches: Mapping[str, Branch], sta
     aside.mkdir(parents=True)
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "branches": {}, "files": {}, "state": state}
     for name, branch in branches.items():
-        tensors = {key: value.detach().contiguous() for key, value in branch.parameters.items()}
+        tensors = {key: value.detach().contiguous() for key, value in branch.masters.tensors.items()}
         save_file(tensors, aside / f"model-{name}.safetensors")
         save_file(_moments(branch), aside / f"optim-{name}.safetensors")
         manifest["branches"][name] = {
@@ -135,7 +136,7 @@ def _moments(branch: Branch) -> dict[str, torch.Tensor]:
     """AdamW's state as flat tensors ``NAME/exp_avg``, ``NAME/exp_avg_sq``, ``NAME/step``."""
     return {
         f"{name}/{key}": value.contiguous()
-        for name, parameter in branch.parameters.items()
+        for name, parameter in branch.masters.tensors.items()
         for key, value in branch.optimizer.state.get(parameter, {}).items()
     }
 
@@ -145,20 +146,21 @@ def _restore_parameters(branch: Branch, tensors: dict[str, torch.Tensor], path: 
     if different:
         raise UserError(f"checkpoint {path} is of another model: {sorted(different)[0]} is only in one of the two")
     with torch.no_grad():
-        for name, parameter in branch.parameters.items():
+        for name, parameter in branch.masters.tensors.items():
             if tensors[name].shape != parameter.shape:
                 raise UserError(
                     f"checkpoint {path}: {name} has shape {tuple(tensors[name].shape)}, "
                     f"the model {tuple(parameter.shape)}"
                 )
             parameter.copy_(tensors[name])
+    branch.masters.round_into_model()
 
 
 def _restore_moments(branch: Branch, tensors: dict[str, torch.Tensor]) -> None:
     branch.optimizer.state.clear()
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
-        parameter = branch.parameters[name]
+        parameter = branch.masters.tensors[name]
         branch.optimizer.state[parameter][field] = value.to(parameter.device)
 
 

@@ -19,6 +19,7 @@ LEVELS = {
     "copd_engine.packing": 1,
     "copd_engine.objectives": 1,
     "copd_engine.merge": 1,
+    "copd_engine.master_weights": 1,
     "copd_engine.models": 1,
     "copd_engine.testbed.tasks": 1,
     "copd_engine.data": 2,
