@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {
     "copd_engine.config": 0,
     "copd_engine.metrics": 0,
+    "copd_engine.media": 0.5,
     "copd_engine.verifiers": 1,
     "copd_engine.packing": 1,
     "copd_engine.objectives": 1,
