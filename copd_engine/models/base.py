@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from copd_engine.models.attention import NAME as ATTENTION
 from copd_engine.models.attention import DecodeLayout, PackedLayout
 from copd_engine.models.cache import DecodeCache, PrefillCache
-from copd_engine.types import EncodedPrompt, Example, PackedBatch
+from copd_engine.models.lora import FoldedParameters, plain_name, remove_adapters
+from copd_engine.models.recompute import recompute_layers
+from copd_engine.types import EncodedPrompt, Example, PackedBatch, UserError
 
 
 class PromptEncoder(ABC):
@@ -42,11 +44,15 @@ class PromptEncoder(ABC):
 
 
 class Policy(ABC):
-    """One branch's model. Wraps a transformers model whose attention is replaced by the packed one."""
+    """One branch's model. Wraps a transformers model whose attention is replaced by the packed one.
+
+    UserError for a model with local or capped attention or with sinks, which packed rows do not have.
+    """
 
     def __init__(self, module: PreTrainedModel) -> None:
         self.module = module
-        self.module.set_attn_implementation(ATTENTION)
+        self._check_attention()
+        self._set_attention()
         self.module.eval()  # no dropout: ratios must be exactly 1 on the first update
 
     @property
@@ -63,6 +69,36 @@ class Policy(ABC):
         """Position ids in the form the backbone takes."""
 
     @property
+    def visual(self) -> PreTrainedModel | None:
+        """The vision tower with its mergers; None in a text-only model."""
+        return None
+
+    def freeze_vision(self) -> None:
+        """Take the vision tower and its mergers out of training, as verl's ``freeze_vision_tower`` does."""
+        if self.visual is not None:
+            self.visual.requires_grad_(False)
+
+    def _set_attention(self) -> None:
+        self.module.set_attn_implementation(ATTENTION)
+
+    def _check_attention(self) -> None:
+        config = self.module.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        found = None
+        if kinds:
+            found = f"{sorted(kinds)[0].replace('_', ' ')} layers"
+        elif not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
+            found = f"a sliding window of {config.sliding_window} tokens"
+        elif getattr(config, "attn_logit_softcapping", None) is not None:
+            found = "soft-capped attention"
+        elif any(name.endswith(".sinks") for name, _ in self.module.named_parameters()):
+            found = "attention sinks"
+        if found:
+            raise UserError(
+                f"{type(self.module).__name__} has {found}; packed rows need full causal attention in every layer"
+            )
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
@@ -76,16 +112,22 @@ class Policy(ABC):
         return getattr(self.module.get_output_embeddings(), "bias", None)
 
     def hidden_states(self, batch: PackedBatch, cache: PrefillCache | None = None) -> torch.Tensor:
-        """Hidden states ``[N, D]`` at the rows that predict response tokens (``batch.rows_N``)."""
-        inputs_embeds_1TD, extra = self._embed(batch)
-        output = self.backbone(
-            inputs_embeds=inputs_embeds_1TD,
-            position_ids=self._backbone_positions(batch.position_ids_3T[:, None, :]),
-            past_key_values=cache,
-            use_cache=False,
-            layout=PackedLayout.of(batch),
-            **extra,
-        )
+        """Hidden states ``[N, D]`` at the rows that predict response tokens (``batch.rows_N``).
+
+        The load-balancing loss of mixture-of-experts models is not computed: the routers learn from the policy's loss
+        alone.
+        """
+        # A cache has no backward, and transformers would drop it.
+        with recompute_layers(self.module, active=torch.is_grad_enabled() and cache is None):
+            inputs_embeds_1TD, extra = self._embed(batch)
+            output = self.backbone(
+                inputs_embeds=inputs_embeds_1TD,
+                position_ids=self._backbone_positions(batch.position_ids_3T[:, None, :]),
+                past_key_values=cache,
+                use_cache=False,
+                layout=PackedLayout.of(batch),
+                **extra,
+            )
         return output.last_hidden_state[0].index_select(0, batch.rows_N)
 
     def decode_step(self, token_ids_B: torch.Tensor, position_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
@@ -101,13 +143,51 @@ class Policy(ABC):
         return output.last_hidden_state[:, 0]
 
     def clone(self) -> Policy:
-        """An independent copy with its own parameters."""
-        return type(self)(copy.deepcopy(self.module))
+        """A copy with its own trainable parameters; the frozen ones are shared, so K LoRA experts hold one base."""
+        frozen = (p for p in self.module.parameters() if not p.requires_grad)
+        return self._copy({id(parameter): parameter for parameter in frozen})
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by their Hugging Face names; a tied head appears once."""
-        return dict(self.module.named_parameters())
+        """Trainable parameters by their names in the transformers module; a tied head appears once.
+
+        Those of LoRA end in ``.lora_A.default.weight`` and ``.lora_B.default.weight``.
+        """
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+    def full_parameters(self, dtype: torch.dtype | None = None) -> Mapping[str, torch.Tensor]:
+        """All weights, trained and frozen, of the model without adapters, by its names, detached; a tied head once.
+
+        Adapters are folded in. Weights are in ``dtype``, None for each one's own: the policy's storage where nothing is
+        to be computed. Ask for fp32 to average LoRA experts of a bf16 model without rounding each of them first.
+        """
+        return FoldedParameters(self.module, dtype)
+
+    def with_full_parameters(self, tensors: Mapping[str, torch.Tensor]) -> Policy:
+        """A policy of the same model without adapters and with these weights, such as the merge of the branches.
+
+        ``tensors`` by the names of :meth:`full_parameters`; they become the new policy's storage where dtype and device
+        are those of this one, and are converted otherwise. KeyError for a missing name.
+        """
+        taken: dict[int, nn.Parameter] = {}
+        for name, parameter in self.module.named_parameters():
+            plain = plain_name(name)
+            if plain is None:
+                taken[id(parameter)] = parameter  # leaves with its adapter
+            else:
+                taken[id(parameter)] = nn.Parameter(tensors[plain].detach().to(parameter), parameter.requires_grad)
+        policy = self._copy(taken)
+        remove_adapters(policy.module)
+        return policy
+
+    def _copy(self, parameters: dict[int, nn.Parameter]) -> Policy:
+        """A copy in which the parameters of these ids are replaced, tied ones in all their places."""
+        policy = copy.copy(self)
+        policy.module = copy.deepcopy(self.module, dict(parameters))
+        return policy
 
     def save(self, folder: Path) -> None:
-        """Weights and config in Hugging Face format (safetensors)."""
-        self.module.save_pretrained(folder)
+        """Weights and config in plain Hugging Face format (safetensors), adapters folded in, in the model's dtype.
+
+        Names and layout on disk are those of the model's hub checkpoints, where transformers keeps others in memory.
+        """
+        self.with_full_parameters(self.full_parameters()).module.save_pretrained(folder)

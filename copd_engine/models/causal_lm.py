@@ -1,4 +1,4 @@
-"""Text-only decoder models (Llama, SmolLM2, Qwen3 ...) through transformers' own modules."""
+"""Text-only decoder models (Qwen3, Qwen3-MoE, Qwen2, Llama, SmolLM2, Mistral) through transformers' own modules."""
 
 from __future__ import annotations
 

@@ -2,56 +2,117 @@
 
 from __future__ import annotations
 
-import json
-from importlib.resources import files
-from pathlib import Path
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
 from transformers.utils import logging as transformers_logging
 
-from copd_engine.config import ModelConfig
+from copd_engine.config import MediaConfig, ModelConfig
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.causal_lm import CausalLMPolicy, TextPromptEncoder
-from copd_engine.models.qwen3_vl import Qwen3VLPolicy, Qwen3VLPromptEncoder
+from copd_engine.models.folder import find_folder, read_config
+from copd_engine.models.liger import apply_liger, resolve_liger
+from copd_engine.models.lora import add_adapters
+from copd_engine.models.processor import Qwen3VLPromptEncoder
+from copd_engine.models.qwen2_5_vl import Qwen2_5_VLPolicy
+from copd_engine.models.qwen3_vl import Qwen3VLPolicy
+from copd_engine.models.recompute import enable_recompute
 from copd_engine.models.smollm2 import load_gguf_folder, load_smollm2
-from copd_engine.types import UserError
+from copd_engine.types import UserError, suggest
+
+logger = logging.getLogger(__name__)
 
 
-def load_model(config: ModelConfig) -> tuple[Policy, PromptEncoder]:
-    """Policy on the CPU in ``config.dtype``, and its prompt encoder. UserError for a missing or unreadable model."""
+@dataclass(frozen=True)
+class _Family:
+    """transformers' class of a model type, and the policy around it."""
+
+    model: Any
+    policy: type[Policy]
+
+
+_TEXT = _Family(AutoModelForCausalLM, CausalLMPolicy)
+#: By ``model_type`` of config.json. SmolLM2 is a llama.
+FAMILIES = {
+    "qwen3_vl": _Family(Qwen3VLForConditionalGeneration, Qwen3VLPolicy),
+    "qwen3_vl_moe": _Family(Qwen3VLMoeForConditionalGeneration, Qwen3VLPolicy),
+    "qwen2_5_vl": _Family(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLPolicy),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "qwen2", "llama", "mistral"), _TEXT),
+}
+
+
+def load_model(
+    config: ModelConfig, media: MediaConfig | None = None, device: torch.device | str = "cpu"
+) -> tuple[Policy, PromptEncoder]:
+    """Policy on ``device`` in ``config.dtype``, and its prompt encoder.
+
+    UserError for a missing, unreadable or unsupported model, or an option that this machine cannot give.
+    """
     transformers_logging.disable_progress_bar()  # its bars for files of a few MB would tear the training bar apart
+    device = torch.device(device)
+    liger = resolve_liger(config.liger, device)
+    policy, encoder = _read(config, media or MediaConfig())
+    _check_vocabulary(policy, encoder, config.path)
+    if config.freeze_vision:
+        policy.freeze_vision()
+    if config.lora is not None:
+        add_adapters(policy.module, policy.backbone, config.lora)
+    if config.gradient_checkpointing:
+        enable_recompute(policy.module)
+    kernels = apply_liger(policy.module, policy.backbone) if liger else "transformers' RMSNorm, SwiGLU, RoPE"
+    policy.module.to(device)
+    logger.info("model %s on %s: %s", config.path, device, kernels)
+    return policy, encoder
+
+
+def _read(config: ModelConfig, media: MediaConfig) -> tuple[Policy, PromptEncoder]:
     dtype = getattr(torch, config.dtype)
     if config.path == "smollm2":
-        return _causal_lm(*load_smollm2(dtype))
-    folder = Path(str(files("copd_engine") / "testbed" / "base")) if config.path == "testbed" else Path(config.path)
-    if not folder.is_dir():
-        raise UserError(f"model.path = {config.path!r}: no such folder (a Hugging Face folder, 'testbed' or 'smollm2')")
+        return _text_model(*load_smollm2(dtype))
+    folder = find_folder(config.path)
     if list(folder.glob("*.gguf")):
-        return _causal_lm(*load_gguf_folder(folder, dtype))
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"model.path = {config.path!r}: the folder has no config.json, so it is no Hugging Face model")
+        return _text_model(*load_gguf_folder(folder, dtype))
+    model_type = read_config(folder, config.path).get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model.path = {config.path!r}: models of type {model_type!r} are not supported"
+            f"{suggest(str(model_type), FAMILIES)}; supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
     try:
-        if json.loads(config_file.read_text()).get("model_type") == "qwen3_vl":
-            module = _pretrained(Qwen3VLForConditionalGeneration, folder, dtype)
-            return Qwen3VLPolicy(module), Qwen3VLPromptEncoder.from_folder(folder, module)
-        module = _pretrained(AutoModelForCausalLM, folder, dtype)
-        return _causal_lm(module, AutoTokenizer.from_pretrained(folder))
+        module, report = family.model.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if report["missing_keys"]:  # transformers would only warn, and fill them with random numbers
+            raise UserError(f"model.path = {config.path!r}: the weights lack {sorted(report['missing_keys'])[0]}")
+        if family is _TEXT:
+            return _text_model(module, AutoTokenizer.from_pretrained(folder))
+        return family.policy(module), Qwen3VLPromptEncoder.from_folder(folder, module)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:  # what transformers raises for missing and damaged files
         raise UserError(f"model.path = {config.path!r}: the model cannot be read: {error}") from error
 
 
-def _pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
-    module, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"]:  # transformers would only warn, and fill them with random numbers
-        raise UserError(f"model.path = '{folder}': the weights lack {sorted(report['missing_keys'])[0]}")
-    return module
-
-
-def _causal_lm(module, tokenizer) -> tuple[Policy, PromptEncoder]:  # type: ignore[no-untyped-def]
+def _text_model(module: Any, tokenizer: Any) -> tuple[Policy, PromptEncoder]:
     return CausalLMPolicy(module), TextPromptEncoder(tokenizer, tokenizer.eos_token_id)
+
+
+def _check_vocabulary(policy: Policy, encoder: Any, path: str) -> None:
+    rows = policy.module.get_input_embeddings().weight.shape[0]
+    token, largest = max(encoder.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise UserError(
+            f"model.path = {path!r}: the tokenizer's token {token!r} has id {largest}, the embedding has {rows} rows: "
+            "the tokenizer is of another model, or the embedding was not resized for added tokens"
+        )
