@@ -249,7 +249,7 @@ def test_build_saves_a_model_that_plain_transformers_loads(tmp_path):
     assert accuracy.keys() == {"text"}
     assert 0 <= accuracy["text"] <= 1
     module = Qwen3VLForConditionalGeneration.from_pretrained(folder)
-    encoder = Qwen3VLPromptEncoder.from_folder(folder, module)
+    encoder = Qwen3VLPromptEncoder.from_folder(folder, module.config)
     prompt = encoder.encode(examples_of("text", "train", 1, 0)[0])
     assert module(input_ids=prompt.input_ids_T[None]).logits.shape == (1, prompt.num_tokens, 384)
     untrained = dict(tiny_model()[0].named_parameters())

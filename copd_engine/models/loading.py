@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
@@ -23,7 +22,7 @@ from copd_engine.models.causal_lm import CausalLMPolicy, TextPromptEncoder
 from copd_engine.models.folder import find_folder, read_config
 from copd_engine.models.liger import apply_liger, resolve_liger
 from copd_engine.models.lora import add_adapters
-from copd_engine.models.processor import Qwen3VLPromptEncoder
+from copd_engine.models.processor import folder_encoder
 from copd_engine.models.qwen2_5_vl import Qwen2_5_VLPolicy
 from copd_engine.models.qwen3_vl import Qwen3VLPolicy
 from copd_engine.models.recompute import enable_recompute
@@ -95,9 +94,7 @@ def _read(config: ModelConfig, media: MediaConfig) -> tuple[Policy, PromptEncode
         )
         if report["missing_keys"]:  # transformers would only warn, and fill them with random numbers
             raise UserError(f"model.path = {config.path!r}: the weights lack {sorted(report['missing_keys'])[0]}")
-        if family is _TEXT:
-            return _text_model(module, AutoTokenizer.from_pretrained(folder))
-        return family.policy(module), Qwen3VLPromptEncoder.from_folder(folder, module)
+        return family.policy(module), folder_encoder(folder, module.config, media)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:  # what transformers raises for missing and damaged files

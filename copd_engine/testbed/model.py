@@ -123,6 +123,6 @@ def untrained(seed: int, hidden_size: int = 64, num_layers: int = 4) -> tuple[Qw
         tokenizer,
         Qwen2VLImageProcessorPil(size=image_size, image_mean=half, image_std=half, **pixels),
         VideoProcessorTorch(size=video_size, image_mean=half, image_std=half, **pixels),
-        module,
+        module.config,
     )
     return Qwen3VLPolicy(module), encoder
