@@ -141,39 +141,56 @@ class Rollout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences of mixed lengths and modalities in one row of T tokens: no padding, each prompt once.
+    """Sequences of mixed lengths and modalities in one row of T tokens, each prompt once.
 
     First stand the P different prompts, then the responses of all B sequences without their last token, whose hidden
-    state predicts nothing. ``input_ids_T``, ``position_ids_3T``; ``prompt_lengths_P`` > 0; ``response_lengths_B`` >=
-    0, rows of each response; ``prompt_of_B``, the prompt each continues; all int64.
+    state predicts nothing, then padding rows, if any, that belong to no sequence: nobody attends to them and no loss
+    reads them. ``input_ids_T``, ``position_ids_3T`` (M-RoPE positions of each sample alone); ``prompt_lengths_P`` > 0;
+    ``response_lengths_B`` >= 0, rows of each response; ``prompt_of_B``, the prompt each continues; all int64.
+    ``cu_seqlens`` int32 ``[P + B + 1]``: where each prompt, then each response begins, and where the last one ends.
 
     ``rows_N``: rows whose hidden state predicts a response token (the first one is predicted by the prompt's last
-    row, which the whole group shares); ``target_N`` the token predicted; ``sequence_N`` its sequence, 0..B-1.
-    ``pixel_values`` fp32 ``[patches, patch_dim]`` and ``grid_thw`` int64 ``[media, 3]`` of all prompts in order;
-    ``visual_rows_M`` their tokens' rows.
+    row, which the whole group shares); ``target_N`` the token predicted, -1 where there is none, which
+    ``response_mask_N`` bool leaves out; ``sequence_N`` its sequence, 0..B-1. ``group_ids_B``: the group of each
+    sequence; ``term_ids_B``: its loss term; ``term_tokens`` int64: response tokens of each term.
+
+    ``pixel_values`` fp32 ``[patches, patch_dim]`` and ``grid_thw`` int64 ``[media, 3]``: images and videos of all
+    prompts in the order of their tokens; ``visual_rows_M`` their tokens' rows. ``video_timestamps``: of each video, in
+    that order, the seconds of its temporal patches.
     """
 
     input_ids_T: torch.Tensor
     position_ids_3T: torch.Tensor
+    cu_seqlens: torch.Tensor
     prompt_lengths_P: torch.Tensor
     response_lengths_B: torch.Tensor
     prompt_of_B: torch.Tensor
     rows_N: torch.Tensor
     target_N: torch.Tensor
     sequence_N: torch.Tensor
+    response_mask_N: torch.Tensor
+    group_ids_B: torch.Tensor
+    term_ids_B: torch.Tensor
+    term_tokens: torch.Tensor
     pixel_values: torch.Tensor | None = None
     grid_thw: torch.Tensor | None = None
     visual_rows_M: torch.Tensor | None = None
+    video_timestamps: tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_tokens(self) -> int:
+        """T: what a forward computes, padding rows included."""
         return int(self.input_ids_T.shape[0])
 
     @property
     def num_sequences(self) -> int:
         return int(self.prompt_of_B.shape[0])
 
+    @property
+    def num_padding(self) -> int:
+        return self.num_tokens - int(self.cu_seqlens[-1])
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on ``device``."""
-        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in values.items() if hasattr(x, "to")})

@@ -120,8 +120,6 @@ def test_videos_carry_times_and_one_block_per_two_frames(encoder):
 def test_a_prompt_may_hold_an_image_and_a_video(encoder):
     prompt = encoder.encode(example("<video> or <image>?", [image(8, 8)], [video(2, 8, 8)]))
     assert text_of(encoder, prompt) == turn(f"<0.2 seconds>{pads(1, 'video')} or {pads(1)}?")
-    with pytest.raises(ValueError, match="mixes images and videos"):
-        pack([prompt], [torch.tensor([1])], encoder.visual_token_ids, MERGE)
 
 
 @pytest.mark.parametrize(

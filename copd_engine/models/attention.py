@@ -1,85 +1,39 @@
-"""Attention over packed rows without a dense [T, T] mask.
+"""Attention over packed rows without a dense [T, T] mask, registered with transformers under names of our own.
 
-Registered with transformers under one name; what it does depends on the layout that the caller passes through
-the model's keyword arguments:
+:data:`NAME` computes with scaled dot-product attention on any device, :data:`FLASH_NAME` with flash-attn 2 or 3. What
+they do depends on the layout that the caller passes through the model's keyword arguments:
 
 - :class:`PackedLayout`: prompts, then the responses that continue them; a response sees its prompt and itself.
 - :class:`DecodeLayout`: one new token per sequence against a left-padded key/value cache.
-- no layout: plain scaled dot-product attention (the vision tower calls it once per image or frame).
+- no layout: plain scaled dot-product attention.
 
-The tokens are gathered into padded batches for the attention call alone; all other layers work on packed tokens.
+:data:`VISION_FLASH_NAME` is flash-attn for vision towers, to which transformers hands the whole row in one call when
+the attention's name holds "flash"; the same over scaled dot-product attention stands in ``vision_attention.py``.
+
+Why not flex_attention, whose block masks say the same: transformers 5.19 refuses it for Qwen3-VL and Qwen2.5-VL
+(``_supports_flex_attn`` is False; ``set_attn_implementation`` raises ValueError), though not for Qwen3-VL-MoE and the
+text models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from copd_engine.types import PackedBatch
+from copd_engine.models.flash import varlen_kernel
+from copd_engine.models.packed_layout import PackedLayout, SdpaPlan, VarlenPlan, blocks
 
 NAME = "copd_varlen"
+# Without "flash" in it: set_attn_implementation would look for a kernel of that name on the hub.
+FLASH_NAME = "copd_varlen_fa"
+VISION_FLASH_NAME = "copd_vision_flash_attn"
 #: What transformers passes for local attention, Gemma's soft cap and attention sinks.
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
-
-
-@dataclass(frozen=True)
-class PackedLayout:
-    """Which packed row stands where in two padded batches, prompts and responses.
-
-    ``prompt_index_PL`` (right-padded) feeds causal attention without a mask: a real token never sees the padding
-    behind it. For responses, ``query_index_BR`` (right-padded) attends to ``key_index_BC``: the prompt, left-padded
-    so that all end at the same column, then the response; ``mask_B1RC`` bool says what may be seen. ``unpad_T``:
-    where packed token t stands in the concatenation of both flattened batches. Index tensors int64; the response part
-    is None when there are no response rows.
-    """
-
-    prompt_index_PL: torch.Tensor
-    unpad_T: torch.Tensor
-    query_index_BR: torch.Tensor | None = None
-    key_index_BC: torch.Tensor | None = None
-    mask_B1RC: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> PackedLayout:
-        prompt_index_PL, real_PL = _right_padded(batch.prompt_lengths_P, first_row=0)
-        unpad_prompts_T = real_PL.flatten().nonzero().squeeze(1)
-        if int(batch.response_lengths_B.sum()) == 0:
-            return cls(prompt_index_PL, unpad_prompts_T)
-        num_prompt_rows = int(batch.prompt_lengths_P.sum())
-        query_index_BR, real_BR = _right_padded(batch.response_lengths_B, first_row=num_prompt_rows)
-        lengths_B = batch.prompt_lengths_P[batch.prompt_of_B]
-        ends_B = torch.cumsum(batch.prompt_lengths_P, 0)[batch.prompt_of_B]
-        longest = prompt_index_PL.shape[1]
-        column_L = torch.arange(longest, device=lengths_B.device)
-        seen_BL = column_L[None, :] >= (longest - lengths_B)[:, None]
-        prompt_rows_BL = torch.maximum(ends_B[:, None] - longest + column_L, (ends_B - lengths_B)[:, None])
-        num_queries = query_index_BR.shape[1]
-        causal_RR = torch.ones(num_queries, num_queries, dtype=torch.bool, device=lengths_B.device).tril()
-        mask_BRC = torch.cat(
-            [seen_BL[:, None, :].expand(-1, num_queries, -1), causal_RR.expand(len(lengths_B), -1, -1)], dim=2
-        )
-        return cls(
-            prompt_index_PL=prompt_index_PL,
-            unpad_T=torch.cat([unpad_prompts_T, prompt_index_PL.numel() + real_BR.flatten().nonzero().squeeze(1)]),
-            query_index_BR=query_index_BR,
-            key_index_BC=torch.cat([prompt_rows_BL, query_index_BR], dim=1),
-            mask_B1RC=mask_BRC[:, None],
-        )
-
-
-def _right_padded(lengths_S: torch.Tensor, first_row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row index ``[S, longest]`` of segments that follow one another from ``first_row``, and which entries are real.
-
-    Behind a segment's end stands its last row, or the first row of all for an empty segment.
-    """
-    starts_S = first_row + torch.cumsum(lengths_S, 0) - lengths_S
-    column_L = torch.arange(int(lengths_S.max()), device=lengths_S.device)
-    last_S = (starts_S + lengths_S - 1).clamp(min=first_row)
-    return torch.minimum(starts_S[:, None] + column_L, last_S[:, None]), column_L < lengths_S[:, None]
 
 
 @dataclass(frozen=True)
@@ -101,47 +55,166 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Query ``[batch, heads, tokens, head_dim]``, key and value likewise with their own number of heads.
 
-    Returns ``[batch, tokens, heads, head_dim]``. Raises ValueError for a batch of packed rows, a
+    Returns ``[batch, tokens, heads, head_dim]``, 0 on padding rows. Raises ValueError for a batch of packed rows, a
     causal module without a layout, and variants of attention that would otherwise be dropped in silence.
     """
+    _check(NAME, module, query, attention_mask, layout, options)
+    if isinstance(layout, PackedLayout):
+        return sdpa_packed(query, key, value, layout.sdpa, scaling), None
+    return _sdpa(query, key, value, layout, scaling), None
+
+
+def flash_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    layout: PackedLayout | DecodeLayout | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """As :func:`varlen_attention`; packed rows by one call of flash-attn, in bf16 or fp16 on CUDA."""
+    _check(FLASH_NAME, module, query, attention_mask, layout, options)
+    if isinstance(layout, PackedLayout):
+        return varlen_packed(varlen_kernel(query.device), query, key, value, layout.varlen, scaling), None
+    return _sdpa(query, key, value, layout, scaling), None
+
+
+def flash_vision_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Every patch sees its own segment of ``cu_seq_lens_q`` int32 ``[segments + 1]`` (an image, a frame, a window).
+
+    Query, key and value ``[1, heads, patches, head_dim]``; returns ``[1, patches, heads, head_dim]``.
+    """
+    if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None or query.shape[0] != 1:
+        raise ValueError(f"{VISION_FLASH_NAME} takes one row with cu_seq_lens_q and max_length_q, and no mask")
+    plan = VarlenPlan(query.shape[2], cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return varlen_packed(varlen_kernel(query.device), query, key, value, plan, scaling, causal=False), None
+
+
+def _check(
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    layout: PackedLayout | DecodeLayout | None,
+    options: dict[str, Any],
+) -> None:
     if layout is None and attention_mask is not None:
-        raise ValueError(f"{NAME} takes a layout, not an attention_mask of shape {tuple(attention_mask.shape)}")
+        raise ValueError(f"{name} takes a layout, not an attention_mask of shape {tuple(attention_mask.shape)}")
     if layout is None and getattr(module, "is_causal", False):
         # transformers makes no mask for an attention it does not know: every token would see the ones behind it.
-        raise ValueError(f"{NAME} needs a layout in a decoder: call the policy, not its module")
-    unsupported = [name for name in UNSUPPORTED if options.get(name) is not None]
+        raise ValueError(f"{name} needs a layout in a decoder: call the policy, not its module")
+    unsupported = [option for option in UNSUPPORTED if options.get(option) is not None]
     if unsupported:
-        raise ValueError(f"{NAME} does not support {', '.join(unsupported)}, which this model's attention asks for")
-    grouped = query.shape[1] != key.shape[1]
-    if isinstance(layout, PackedLayout):
-        if query.shape[0] != 1:
-            raise ValueError(f"packed attention takes one row, got a batch of {query.shape[0]}")
-        index = layout.prompt_index_PL
-        padded_query, padded_key, padded_value = (_to_padded(x, index) for x in (query, key, value))
-        out = scaled_dot_product_attention(
-            padded_query, padded_key, padded_value, is_causal=True, scale=scaling, enable_gqa=grouped
+        raise ValueError(f"{name} does not support {', '.join(unsupported)}, which this model's attention asks for")
+    if isinstance(layout, PackedLayout) and (query.shape[0] != 1 or query.shape[2] != layout.num_tokens):
+        raise ValueError(
+            f"packed attention takes one row of {layout.num_tokens} tokens, "
+            f"got a batch of {query.shape[0]} of {query.shape[2]} tokens"
         )
-        flat = [out.transpose(1, 2).flatten(0, 1)]
-        if layout.query_index_BR is not None and layout.key_index_BC is not None:
-            out = scaled_dot_product_attention(
-                _to_padded(query, layout.query_index_BR),
-                _to_padded(key, layout.key_index_BC),
-                _to_padded(value, layout.key_index_BC),
-                attn_mask=layout.mask_B1RC,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-            flat.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(flat).index_select(0, layout.unpad_T).unsqueeze(0), None
-    mask = layout.mask_B11L if isinstance(layout, DecodeLayout) else None
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DecodeLayout | None, scaling: float | None
+) -> torch.Tensor:
+    mask = None if layout is None else layout.mask_B11L
+    grouped = query.shape[1] != key.shape[1]
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2)
 
 
-def _to_padded(x_1HTd: torch.Tensor, index_BL: torch.Tensor) -> torch.Tensor:
-    """``[1, heads, T, head_dim]`` -> ``[B, heads, L, head_dim]``."""
-    x_THd = x_1HTd.squeeze(0).transpose(0, 1)
-    return x_THd.index_select(0, index_BL.flatten()).unflatten(0, index_BL.shape).transpose(1, 2)
+def sdpa_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SdpaPlan, scaling: float | None = None
+) -> torch.Tensor:
+    """Attention of ``[1, heads, T, head_dim]`` by the calls of ``plan`` -> ``[1, T, heads, head_dim]``."""
+    query_THd, key_TKd, value_TKd = rows = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    num_rows = len(plan.output_index)
+    num_groups = query.shape[1] // key.shape[1]
+    outputs: list[torch.Tensor] = []
+    index = plan.whole_index
+    taken = [x[:num_rows] if index is None else x.index_select(0, index) for x in rows]
+    at = 0
+    for num, length in plan.whole:
+        # Torch aligns a causal mask with the first key, so a padded row sees its own past alone.
+        q, k, v = (_batch(x, at, num, length) for x in taken)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=num_groups > 1)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        at += num * length
+    if plan.continuations:
+        query_NHd = query_THd.index_select(0, plan.query_index)
+        key_NKd, value_NKd = (x.index_select(0, plan.key_index) for x in (key_TKd, value_TKd))
+        query_at = key_at = 0
+        for num, prompt, length in plan.continuations:
+            q = _batch(query_NHd, query_at, num, length)
+            k, v = (_batch(x, key_at, num, prompt + length) for x in (key_NKd, value_NKd))
+            if num_groups > 1:  # once: with enable_gqa every block would keep a copy for backward
+                k, v = (x.repeat_interleave(num_groups, dim=1) for x in (k, v))
+            for start, end in blocks(length):
+                num_keys = prompt + end
+                mask = plan.mask_for(end - start, num_keys, query.dtype)
+                out = scaled_dot_product_attention(
+                    q[:, :, start:end], k[:, :, :num_keys], v[:, :, :num_keys], attn_mask=mask, scale=scaling
+                )
+                outputs.append(out.transpose(1, 2).flatten(0, 1))
+            query_at += num * length
+            key_at += num * (prompt + length)
+    out_THd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if index is not None or plan.continuations:
+        out_THd = out_THd.index_select(0, plan.output_index)
+    return pad(out_THd, (0, 0, 0, 0, 0, query.shape[2] - num_rows)).unsqueeze(0)
+
+
+def _batch(x_NHd: torch.Tensor, first: int, num: int, length: int) -> torch.Tensor:
+    """``num`` sequences of ``length`` rows from row ``first`` on -> ``[num, heads, length, head_dim]``."""
+    return x_NHd[first : first + num * length].unflatten(0, (num, length)).transpose(1, 2)
+
+
+def varlen_packed(
+    kernel: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: VarlenPlan,
+    scaling: float | None = None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """Attention of ``[1, heads, T, head_dim]`` by one call of ``kernel`` -> ``[1, T, heads, head_dim]``.
+
+    ``kernel`` has the signature of ``flash_attn.flash_attn_varlen_func``, whose causal mask is aligned with the last
+    key of each segment.
+    """
+    query_THd, key_TKd, value_TKd = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if plan.key_index is not None:
+        key_TKd, value_TKd = (x.index_select(0, plan.key_index) for x in (key_TKd, value_TKd))
+    else:
+        key_TKd, value_TKd = (x[: plan.num_rows] for x in (key_TKd, value_TKd))
+    out = kernel(
+        query_THd[: plan.num_rows],
+        key_TKd,
+        value_TKd,
+        plan.cu_seqlens_q,
+        plan.cu_seqlens_k,
+        plan.max_seqlen_q,
+        plan.max_seqlen_k,
+        softmax_scale=scaling,
+        causal=causal,
+    )
+    # Early versions of flash-attn 3 return the log-sum-exp as well.
+    out_THd = out[0] if isinstance(out, tuple) else out
+    return pad(out_THd, (0, 0, 0, 0, 0, query.shape[2] - plan.num_rows)).unsqueeze(0)
 
 
 AttentionInterface.register(NAME, varlen_attention)
+AttentionInterface.register(FLASH_NAME, flash_attention)
+AttentionInterface.register(VISION_FLASH_NAME, flash_vision_attention)
