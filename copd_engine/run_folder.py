@@ -19,11 +19,15 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from copd_engine.config import RunConfig, load_config
+from copd_engine.config import MediaConfig, RunConfig, load_config
+from copd_engine.media import open_image, open_video
 from copd_engine.metrics import read_jsonl
 from copd_engine.types import Example, Rollout, UserError
 
 CONFIG, SAMPLES, RESULT, CHECKPOINTS = "config.yaml", "samples.jsonl", "result.json", "checkpoints"
+#: Of a video's frames every second one is shown.
+FILMSTRIP = MediaConfig(video_max_frames=16)
+LARGEST_PICTURE = (2048, 1024)
 PACKAGES = ("copd-engine", "torch", "transformers", "numpy")
 
 
@@ -113,9 +117,13 @@ def drop_later_samples(run_dir: Path, step: int, branches: Collection[str]) -> N
 
 
 def _save_media(run_dir: Path, example: Example) -> list[str]:
-    pictures = [*example.images, *(Image.fromarray(np.concatenate(list(v[::2]), axis=1)) for v in example.videos)]
+    pictures = [open_image(image, f"{example.name}: images") for image in example.images]
+    for video in example.videos:
+        frames = open_video(video, example.fps, FILMSTRIP, f"{example.name}: videos").frames[::2]
+        pictures.append(Image.fromarray(np.concatenate(list(frames), axis=1)))
     names = []
     for picture in pictures:
+        picture.thumbnail(LARGEST_PICTURE)  # smaller ones stay as they are
         # By content: rows of two data files may have the same uid.
         name = f"media/{hashlib.sha256(f'{picture.size}'.encode() + picture.tobytes()).hexdigest()[:16]}.png"
         names.append(name)

@@ -24,6 +24,7 @@ LEVELS = {
     "copd_engine.models": 1,
     "copd_engine.testbed.tasks": 1,
     "copd_engine.data": 2,
+    "copd_engine.prompts": 3,
     "copd_engine.testbed.model": 2,
     "copd_engine.rollout": 2,
     "copd_engine.branch": 2,
