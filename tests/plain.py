@@ -13,8 +13,8 @@ from copd_engine.types import EncodedPrompt, Rollout
 
 
 def plain_model(policy: Policy) -> PreTrainedModel:
-    """A copy of the policy's weights as they are now, with transformers' own attention."""
-    module = copy.deepcopy(policy.module)
+    """A copy of the policy's weights as they are now, adapters folded in, with transformers' own attention."""
+    module = policy.with_full_parameters(copy.deepcopy(dict(policy.full_parameters()))).module
     module.set_attn_implementation("sdpa")
     return module
 
@@ -32,7 +32,17 @@ def plain_inputs(plain: PreTrainedModel, prompt: EncodedPrompt, response_N: torc
             "pixel_values_videos": prompt.pixel_values_videos,
             "video_grid_thw": prompt.video_grid_thw,
         }
+    if plain.config.model_type == "qwen2_5_vl" and prompt.video_grid_thw is not None:
+        # Seconds between temporal patches; of a single one it moves nothing.
+        seconds = [times[1] - times[0] if len(times) > 1 else 1.0 for times in prompt.video_timestamps]
+        inputs["second_per_grid_ts"] = torch.tensor(seconds)
     return inputs
+
+
+def plain_hidden(plain: PreTrainedModel, prompt: EncodedPrompt, response_N: torch.Tensor) -> torch.Tensor:
+    """Final hidden states ``[N, D]`` at the rows that predict the response's tokens, with grad."""
+    hidden_TD = plain.model(**plain_inputs(plain, prompt, response_N)).last_hidden_state[0]
+    return hidden_TD[prompt.num_tokens - 1 : -1]
 
 
 def plain_logp(

@@ -13,7 +13,6 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 
 from copd_engine.models.qwen3_vl import Qwen3VLPromptEncoder
-from copd_engine.packing import pack
 from copd_engine.testbed.model import SPECIAL, build_tokenizer
 from copd_engine.types import EncodedPrompt, UserError
 from tests import model_inputs

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from copd_engine.models.attention import NAME as ATTENTION
-from copd_engine.models.attention import DecodeLayout, PackedLayout
+from copd_engine.models.attention import FLASH_NAME, NAME, DecodeLayout, PackedLayout
 from copd_engine.models.cache import DecodeCache, PrefillCache
+from copd_engine.models.flash import Backend
 from copd_engine.models.lora import FoldedParameters, plain_name, remove_adapters
 from copd_engine.models.recompute import recompute_layers
 from copd_engine.types import EncodedPrompt, Example, PackedBatch, UserError
@@ -46,13 +46,14 @@ class PromptEncoder(ABC):
 class Policy(ABC):
     """One branch's model. Wraps a transformers model whose attention is replaced by the packed one.
 
-    UserError for a model with local or capped attention or with sinks, which packed rows do not have.
+    ``attention``: flash (flash-attn) or sdpa. UserError for a model with local or capped attention or with sinks, which
+    packed rows do not have.
     """
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: PreTrainedModel, attention: Backend = "sdpa") -> None:
         self.module = module
         self._check_attention()
-        self._set_attention()
+        self.module.set_attn_implementation(self._attention_names(attention))
         self.module.eval()  # no dropout: ratios must be exactly 1 on the first update
 
     @property
@@ -78,8 +79,9 @@ class Policy(ABC):
         if self.visual is not None:
             self.visual.requires_grad_(False)
 
-    def _set_attention(self) -> None:
-        self.module.set_attn_implementation(ATTENTION)
+    def _attention_names(self, attention: Backend) -> dict[str, str]:
+        """What transformers calls the attention of each part of the model; the whole under ''."""
+        return {"": FLASH_NAME if attention == "flash" else NAME}
 
     def _check_attention(self) -> None:
         config = self.module.config.get_text_config()

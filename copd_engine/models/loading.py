@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from copd_engine.config import MediaConfig, ModelConfig
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.causal_lm import CausalLMPolicy, TextPromptEncoder
+from copd_engine.models.flash import Backend, resolve_attention
 from copd_engine.models.folder import find_folder, read_config
 from copd_engine.models.liger import apply_liger, resolve_liger
 from copd_engine.models.lora import add_adapters
@@ -27,7 +28,7 @@ from copd_engine.models.qwen2_5_vl import Qwen2_5_VLPolicy
 from copd_engine.models.qwen3_vl import Qwen3VLPolicy
 from copd_engine.models.recompute import enable_recompute
 from copd_engine.models.smollm2 import load_gguf_folder, load_smollm2
-from copd_engine.types import UserError, suggest
+from copd_engine.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ def load_model(
     """
     transformers_logging.disable_progress_bar()  # its bars for files of a few MB would tear the training bar apart
     device = torch.device(device)
+    attention = resolve_attention(config.attention, device, getattr(torch, config.dtype))
     liger = resolve_liger(config.liger, device)
-    policy, encoder = _read(config, media or MediaConfig())
-    _check_vocabulary(policy, encoder, config.path)
+    policy, encoder = _read(config, media or MediaConfig(), attention)
     if config.freeze_vision:
         policy.freeze_vision()
     if config.lora is not None:
@@ -70,46 +71,45 @@ def load_model(
         enable_recompute(policy.module)
     kernels = apply_liger(policy.module, policy.backbone) if liger else "transformers' RMSNorm, SwiGLU, RoPE"
     policy.module.to(device)
-    logger.info("model %s on %s: %s", config.path, device, kernels)
+    logger.info("model %s on %s: attention %s; %s", config.path, device, attention, kernels)
     return policy, encoder
 
 
-def _read(config: ModelConfig, media: MediaConfig) -> tuple[Policy, PromptEncoder]:
+def _read(config: ModelConfig, media: MediaConfig, attention: Backend) -> tuple[Policy, PromptEncoder]:
     dtype = getattr(torch, config.dtype)
+    where = f"model.path = {config.path!r}"
     if config.path == "smollm2":
-        return _text_model(*load_smollm2(dtype))
+        return _gguf_model(load_smollm2(dtype), where, attention)
     folder = find_folder(config.path)
     if list(folder.glob("*.gguf")):
-        return _text_model(*load_gguf_folder(folder, dtype))
-    model_type = read_config(folder, config.path).get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"model.path = {config.path!r}: models of type {model_type!r} are not supported"
-            f"{suggest(str(model_type), FAMILIES)}; supported: {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[model_type]
+        return _gguf_model(load_gguf_folder(folder, dtype), where, attention)
+    family = _family(read_config(folder, config.path).get("model_type"), where)
     try:
         module, report = family.model.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         if report["missing_keys"]:  # transformers would only warn, and fill them with random numbers
-            raise UserError(f"model.path = {config.path!r}: the weights lack {sorted(report['missing_keys'])[0]}")
-        return family.policy(module), folder_encoder(folder, module.config, media)
-    except UserError:
-        raise
+            raise UserError(f"the weights lack {sorted(report['missing_keys'])[0]}")
+        return family.policy(module, attention), folder_encoder(folder, module.config, media)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except (OSError, ValueError, SafetensorError) as error:  # what transformers raises for missing and damaged files
-        raise UserError(f"model.path = {config.path!r}: the model cannot be read: {error}") from error
+        raise UserError(f"{where}: the model cannot be read: {error}") from error
 
 
-def _text_model(module: Any, tokenizer: Any) -> tuple[Policy, PromptEncoder]:
-    return CausalLMPolicy(module), TextPromptEncoder(tokenizer, tokenizer.eos_token_id)
+def _gguf_model(loaded: tuple[Any, Any], where: str, attention: Backend) -> tuple[Policy, PromptEncoder]:
+    module, tokenizer = loaded
+    family = _family(module.config.model_type, where)
+    try:
+        rows = module.get_input_embeddings().weight.shape[0]
+        return family.policy(module, attention), TextPromptEncoder(tokenizer, tokenizer.eos_token_id, rows)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
-def _check_vocabulary(policy: Policy, encoder: Any, path: str) -> None:
-    rows = policy.module.get_input_embeddings().weight.shape[0]
-    token, largest = max(encoder.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= rows:
+def _family(model_type: Any, where: str) -> _Family:
+    if model_type not in FAMILIES:
         raise UserError(
-            f"model.path = {path!r}: the tokenizer's token {token!r} has id {largest}, the embedding has {rows} rows: "
-            "the tokenizer is of another model, or the embedding was not resized for added tokens"
+            f"{where}: models of type {model_type!r} are not supported; those of type {', '.join(FAMILIES)} are"
         )
+    return FAMILIES[model_type]

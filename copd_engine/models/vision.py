@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from copd_engine.models.attention import NAME as ATTENTION
+from copd_engine.models.attention import VISION_FLASH_NAME
 from copd_engine.models.base import Policy
-from copd_engine.models.vision_attention import NAME as VISION_ATTENTION
+from copd_engine.models.flash import Backend
+from copd_engine.models.vision_attention import NAME as VISION_NAME
 from copd_engine.types import PackedBatch
 
 
@@ -32,9 +33,10 @@ class VisionPolicy(Policy):
     def backbone(self) -> nn.Module:
         return self.module.model.language_model
 
-    def _set_attention(self) -> None:
-        names = {"": ATTENTION, "text_config": ATTENTION, "vision_config": VISION_ATTENTION}
-        self.module.set_attn_implementation(names)
+    def _attention_names(self, attention: Backend) -> dict[str, str]:
+        names = super()._attention_names(attention)
+        vision = VISION_FLASH_NAME if attention == "flash" else VISION_NAME
+        return names | {"text_config": names[""], "vision_config": vision}
 
     def _embed(self, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, Any]]:
         embeds_TD = self.module.get_input_embeddings()(batch.input_ids_T)
