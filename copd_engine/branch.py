@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import ChainMap, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,11 @@ class Branch:
             self._encoder.visual_token_ids,
             self._encoder.spatial_merge_size,
         ).to(self.policy.device)
+
+    def full_parameters(self) -> Mapping[str, torch.Tensor]:
+        """All weights of the plain model by name, as training has them: fp32 masters, adapters folded in, detached."""
+        full = self.policy.full_parameters(torch.float32)
+        return ChainMap({name: m.detach() for name, m in self.masters.tensors.items() if name in full}, full)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:

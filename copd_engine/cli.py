@@ -1,4 +1,4 @@
-"""The command line: ``copd train | eval | merge | report | testbed build``.
+"""The command line: ``copd train | eval | merge | report | data check | testbed build``.
 
 A mistake in the input ends in one line on standard error and exit code 2; nothing is overwritten.
 """
@@ -19,6 +19,8 @@ from copd_engine.types import UserError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 testbed_app = typer.Typer(no_args_is_help=True, help="The testbed: tiny tasks and a tiny Qwen3-VL.")
 app.add_typer(testbed_app, name="testbed")
+data_app = typer.Typer(no_args_is_help=True, help="Data files.")
+app.add_typer(data_app, name="data")
 
 
 @app.command()
@@ -75,7 +77,7 @@ def merge_models(
     """theta_0 + the (weighted) mean of the branches' changes, saved in Hugging Face format."""
     from copd_engine.merge import merge
     from copd_engine.models.loading import load_model
-    from copd_engine.result import load_parameters, save_model
+    from copd_engine.result import save_model
 
     if out.exists():
         raise UserError(f"--out {out} exists already; name a new folder")
@@ -91,9 +93,8 @@ def merge_models(
             raise UserError(f"branch {path or item!r} is named twice; give it a weight instead, e.g. FOLDER=2")
         weights[path or item] = value
     policy, encoder = load_model(ModelConfig(path=base))
-    tensors = {path: dict(load_model(ModelConfig(path=path))[0].named_parameters()) for path in weights}
-    load_parameters(policy, merge(policy.named_parameters(), tensors, weights))
-    save_model(policy, encoder, out)
+    tensors = {path: load_model(ModelConfig(path=path))[0].full_parameters() for path in weights}
+    save_model(policy.with_full_parameters(merge(policy.full_parameters(), tensors, weights)), encoder, out)
     typer.echo(f"merged {len(tensors)} branches into {out}")
 
 
@@ -103,6 +104,26 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, e.g. runs/demo"
     from copd_engine.report import write_report
 
     typer.echo(f"report: {write_report(run)}")
+
+
+@data_app.command("check")
+def check_data(
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet file, or a folder of Parquet files.")],
+    model: Annotated[str | None, typer.Option(help="Count tokens as this model would (no weights are read).")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="ours=theirs, e.g. prompt=problem,answer=solution; may be repeated.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A run config that reads FILE: its section, model, limits.")
+    ] = None,
+) -> None:
+    """Read every row and decode its media; prints counts, a histogram of lengths, and the rows that fail (exit code 1)."""
+    from copd_engine.data_check import check
+
+    report = check(file, model, columns or [], load_config(config) if config else None)
+    typer.echo(report.text())
+    if report.failures:
+        raise typer.Exit(1)
 
 
 @testbed_app.command("build")

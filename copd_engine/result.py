@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from copd_engine.evaluate import Accuracy, average
 from copd_engine.models.base import Policy, PromptEncoder
 
@@ -35,13 +33,6 @@ def accuracy_row(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
 
 def sorted_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: ROW_KINDS.index(row["kind"]))
-
-
-def load_parameters(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy named tensors into a policy of the same shape."""
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters().items():
-            parameter.copy_(tensors[name])
 
 
 def save_model(policy: Policy, encoder: PromptEncoder, folder: Path) -> None:

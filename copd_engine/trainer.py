@@ -25,8 +25,10 @@ from copd_engine.evaluate import Accuracy, evaluate
 from copd_engine.merge import merge
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
 from copd_engine.models.base import Policy
+from copd_engine.models.flash import resolve_attention
+from copd_engine.models.liger import resolve_liger
 from copd_engine.models.loading import load_model
-from copd_engine.result import accuracy_row, load_parameters, result_row, save_model, sorted_rows
+from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.step import StepRunner, Timer, derive_seed, encode
@@ -54,9 +56,12 @@ def resolve(config: RunConfig) -> RunConfig:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
+    attention = resolve_attention(config.model.attention, torch.device(device), getattr(torch, config.model.dtype))
+    liger = resolve_liger(config.model.liger, torch.device(device))
+    model = config.model.model_copy(update={"attention": attention, "liger": liger})
     rollout = config.rollout.model_copy(update={"engine": "embedded"})
     threads = config.num_threads or len(os.sched_getaffinity(0))
-    return config.model_copy(update={"device": device, "rollout": rollout, "num_threads": threads})
+    return config.model_copy(update={"device": device, "model": model, "rollout": rollout, "num_threads": threads})
 
 
 class Trainer:
@@ -78,8 +83,7 @@ class Trainer:
             branch.name: load_examples(branch.data, "eval", f"branches.{index}.data")
             for index, branch in enumerate(config.branches)
         }
-        self.base, self.encoder = load_model(config.model)
-        self.base.module.to(config.device)
+        self.base, self.encoder = load_model(config.model, config.media, config.device)
         vocab_size = len(self.base.lm_head_weight)
         if config.diagnostics.top_k > vocab_size:
             raise UserError(
@@ -319,8 +323,7 @@ class Trainer:
             if self.config.method != "mixed":
                 return []
             return [self._row(label + suffix, kind, self.branches[MIXED].policy, rollouts)]
-        merged = self.base.clone()
-        load_parameters(merged, self.merged_parameters())
+        merged = self.base.with_full_parameters(self.merged_parameters())
         return [self._row(label + suffix, kind, merged, rollouts)]
 
     def _row(self, label: str, kind: str, policy: Policy, rollouts: int) -> dict[str, Any]:
@@ -336,12 +339,8 @@ class Trainer:
 
     def merged_parameters(self) -> dict[str, torch.Tensor]:
         """theta*, the merge of the branches as they are now, by Hugging Face names."""
-        branches = {
-            name: {key: value.detach() for key, value in branch.parameters.items()}
-            for name, branch in self.branches.items()
-        }
-        base = {key: value.detach() for key, value in self.base.named_parameters().items()}
-        return merge(base, branches, self.config.merge.weights)
+        branches = {name: branch.full_parameters() for name, branch in self.branches.items()}
+        return merge(self.base.full_parameters(), branches, self.config.merge.weights)
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.perf_counter() - self._started
@@ -377,8 +376,7 @@ def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:
     """Accuracy of ``config.model`` on the first held-out prompts of every branch."""
     config = resolve(config)
     torch.set_num_threads(config.num_threads)
-    policy, encoder = load_model(config.model)
-    policy.module.to(config.device)
+    policy, encoder = load_model(config.model, config.media, config.device)
     prompts = {
         branch.name: [
             encoder.encode(e) for e in load_examples(branch.data, "eval", f"branches.{index}.data")[:num_prompts]
