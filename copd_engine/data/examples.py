@@ -91,7 +91,7 @@ def file_examples(config: SourceConfig, path: Path, where: str) -> FileExamples:
         kept.append(index)
         hashes.append(hash(example.uid))
     indices = np.array(kept, np.int64)
-    doubles = _doubles(rows, reader, indices, np.array(hashes, np.int64))
+    doubles = doubled_rows(rows, reader, indices, np.array(hashes, np.int64))
     if doubles and config.on_error == "raise":
         raise UserError(next(iter(doubles.values())))
     problems += doubles.values()
@@ -112,7 +112,7 @@ def file_examples(config: SourceConfig, path: Path, where: str) -> FileExamples:
     return FileExamples(rows, reader, indices, problems, num_filtered)
 
 
-def _doubles(rows: Rows, reader: RowReader, indices: np.ndarray, hashes: np.ndarray) -> dict[int, str]:
+def doubled_rows(rows: Rows, reader: RowReader, indices: np.ndarray, hashes: np.ndarray) -> dict[int, str]:
     """Rows whose uid is that of an earlier row, and what to say of them. Only hashes are kept of a million uids."""
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
