@@ -229,6 +229,8 @@ def _open_file(path: Path, media: MediaConfig, where: str, resize: FrameResize |
         frames = [
             frame if resize is None else resize(frame, len(wanted)) for frame in _decode(path, index, wanted, where)
         ]
+    except av.EOFError:
+        raise UserError(f"{where}: {path} holds no frame, or only the beginning of a file") from None
     except av.FFmpegError as error:
         raise UserError(f"{where}: {path} cannot be read as a video: {error.strerror}") from None
     times = [index.seconds(pts) for pts in wanted]
