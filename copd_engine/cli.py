@@ -117,7 +117,7 @@ def check_data(
         Path | None, typer.Option(help="A run config that reads FILE: its section, model, limits.")
     ] = None,
 ) -> None:
-    """Read every row and decode its media; prints counts, a histogram of lengths, and the rows that fail (exit code 1)."""
+    """Read every row, decode its media; prints counts, a histogram of lengths and what fails (exit code 1)."""
     from copd_engine.data_check import check
 
     report = check(file, model, columns or [], load_config(config) if config else None)

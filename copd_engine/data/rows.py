@@ -16,7 +16,7 @@ from typing import Any
 from copd_engine.config import COLUMNS
 from copd_engine.media import check_image, check_video
 from copd_engine.types import Example, UserError, suggest
-from copd_engine.verifiers import get_verifier
+from copd_engine.verifiers import check_example
 
 DEFAULT_VERIFIER = "exact"
 QUESTION = "{question}"
@@ -49,7 +49,6 @@ class RowReader:
 
     def __init__(self, columns: Mapping[str, str], verifier: str | None, instruction: str) -> None:
         self.columns, self.verifier, self.instruction = columns, verifier, instruction
-        self._good_verifiers: set[str] = set()
 
     def fields(self, row: Any, at: str) -> dict[str, Any]:
         """Our fields of a row, those that are None left out. UserError for a row that is no mapping, or for an unknown
@@ -114,16 +113,10 @@ class RowReader:
             check_image(image, f"{example.where}: images")
         for video in example.videos:
             check_video(video, f"{example.where}: videos")
-        if example.verifier not in self._good_verifiers:
-            try:
-                get_verifier(example.verifier)
-            except UserError as error:
-                raise UserError(f"{example.where}: verifier: {error}") from None
-            self._good_verifiers.add(example.verifier)
-        if self.verifier is None and example.verifier == "reasoning_gym" and "reasoning_gym" not in example.metadata:
-            raise UserError(
-                f"{example.where}: verifier 'reasoning_gym' needs metadata.reasoning_gym with 'task' and 'entry'"
-            )
+        try:
+            check_example(example)
+        except UserError as error:
+            raise UserError(f"{example.where}: verifier: {error}") from None
 
     def _called(self, field: str) -> str:
         column = self.columns.get(field)
