@@ -37,8 +37,8 @@ class _Totals:
 class Branch:
     """A policy that is trained.
 
-    ``parameters`` are the trainable ones in the model's dtype, ``masters`` what the optimizer steps: the same tensors in
-    fp32. ``version`` counts the parameter updates, ``num_skipped`` those left out for a NaN or infinite loss or gradient.
+    ``parameters`` are the trainable ones in the model's dtype, ``masters`` what the optimizer steps: the same in fp32.
+    ``version`` counts the parameter updates, ``num_skipped`` those left out for a NaN or infinite loss or gradient.
     """
 
     def __init__(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
+from copd_engine.prompts import in_chunks, without_pixels
 from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
 from copd_engine.verifiers import get_verifier
@@ -27,21 +29,39 @@ def verify(rollout: Rollout) -> float:
 
 
 def evaluate(
-    engine: RolloutEngine, expert: str, prompts: Mapping[str, Sequence[EncodedPrompt]], sampling: Sampling, seed: int
+    engine: RolloutEngine,
+    expert: str,
+    prompts: Mapping[str, Sequence[EncodedPrompt]],
+    sampling: Sampling,
+    seed: int,
+    num_prompts: int | None = None,
 ) -> tuple[dict[str, Accuracy], list[tuple[str, Rollout, float]]]:
-    """Accuracy of ``expert`` per domain, and every sampled response as (domain, rollout, reward).
+    """Accuracy of ``expert`` per domain on the first ``num_prompts`` (all without), and every sampled response as
+    (domain, rollout, reward).
 
-    Prompt i of a domain always gets the same seed, so models are compared on equal draws.
+    Prompt i of a domain always gets the same seed, so models are compared on equal draws. Pixel inputs are held for a
+    bounded number of prompts at a time; the returned rollouts have none.
     """
     accuracies: dict[str, Accuracy] = {}
     samples: list[tuple[str, Rollout, float]] = []
     for domain, encoded in prompts.items():
-        requests = [RolloutRequest(prompt, seed=seed + index, group=index) for index, prompt in enumerate(encoded)]
-        rollouts = engine.generate(expert, requests, sampling)
-        rewards = [verify(rollout) for rollout in rollouts]
+        rewards: list[float] = []
+        for chunk in in_chunks(islice(encoded, num_prompts)):
+            requests = [
+                RolloutRequest(prompt, seed=seed + index, group=index)
+                for index, prompt in enumerate(chunk, start=len(rewards))
+            ]
+            rollouts = engine.generate(expert, requests, sampling)
+            scores = [verify(rollout) for rollout in rollouts]
+            rewards += scores
+            samples += [(domain, _slim(rollout), score) for rollout, score in zip(rollouts, scores, strict=True)]
         accuracies[domain] = mean_accuracy(rewards)
-        samples += [(domain, rollout, reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
     return accuracies, samples
+
+
+def _slim(rollout: Rollout) -> Rollout:
+    request = rollout.request
+    return replace(rollout, request=replace(request, prompt=without_pixels(request.prompt)))
 
 
 def mean_accuracy(rewards: Sequence[float]) -> Accuracy:

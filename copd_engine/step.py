@@ -16,12 +16,12 @@ from typing import Any
 from copd_engine.algorithms import Assignment, StepPlan
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
-from copd_engine.data import DataStream
 from copd_engine.evaluate import verify
-from copd_engine.models.base import PromptEncoder
+from copd_engine.length_limit import LimitedRollouts, limit_length
 from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+from copd_engine.prompts import PromptSource
 from copd_engine.rollout.base import RolloutEngine, Sampling
-from copd_engine.types import EncodedPrompt, Example, Rollout, RolloutRequest, UserError
+from copd_engine.types import Rollout, RolloutRequest
 
 
 class Timer:
@@ -47,13 +47,11 @@ class StepRunner:
         config: RunConfig,
         branches: Mapping[str, Branch],
         engine: RolloutEngine,
-        encoder: PromptEncoder,
-        streams: Mapping[tuple[str, str], DataStream],
+        streams: Mapping[tuple[str, str], PromptSource],
     ) -> None:
         self.config = config
         self.branches = branches
         self.engine = engine
-        self.encoder = encoder
         self.streams = streams
         self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
         self.rollouts_drawn: dict[str, int] = defaultdict(int)
@@ -74,11 +72,10 @@ class StepRunner:
             for assignment, rollouts in batches:
                 if assignment.teacher is None:
                     kept, stats = self._native_samples(assignment, rollouts)
-                    per_branch[student]["rollout"][assignment.source] = stats
                 else:
                     with timer("teacher"):
-                        kept = self._cross_samples(assignment, rollouts)
-                    per_branch[student]["rollout"][assignment.source] = _rollout_stats(rollouts)
+                        kept, stats = self._cross_samples(assignment, rollouts)
+                per_branch[student]["rollout"][assignment.source] = stats
                 samples[student] += kept
         for student, branch in self.branches.items():
             with timer("update"):
@@ -99,9 +96,8 @@ class StepRunner:
         counts = []
         group = 0
         for assignment in assignments:
-            examples = self.streams[student, assignment.source].take(assignment.num_prompts)
-            for number, example in enumerate(examples):
-                prompt = encode(self.encoder, example, self.config.rollout.max_prompt_tokens)
+            prompts = self.streams[student, assignment.source].take(assignment.num_prompts)
+            for number, prompt in enumerate(prompts):
                 for member in range(self.config.rollout.group_size):
                     # Not the running group: the order of branches in the config must not change what is drawn.
                     seed = derive_seed(
@@ -109,7 +105,7 @@ class StepRunner:
                     )
                     requests.append(RolloutRequest(prompt, seed, group))
                 group += 1
-            counts.append(len(examples) * self.config.rollout.group_size)
+            counts.append(len(prompts) * self.config.rollout.group_size)
         rollouts = self.engine.generate(student, requests, self.sampling)
         self.rollouts_drawn[student] += len(rollouts)
         for rollout in rollouts:
@@ -127,27 +123,35 @@ class StepRunner:
     def _native_samples(
         self, assignment: Assignment, rollouts: Sequence[Rollout]
     ) -> tuple[list[TrainSample], dict[str, float]]:
-        """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded."""
+        """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded.
+
+        The advantages are those of the whole group; what is too long is cut or left out after.
+        """
         objective = self.config.objective
         advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
+        advantage_of = {id(rollout.request): advantage for rollout, advantage in zip(rollouts, advantages, strict=True)}
+        limited = self._limited(rollouts)
         samples = [
             TrainSample(
                 rollout=rollout,
                 term=assignment.term,
                 token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
-                advantage=advantage,
+                advantage=advantage_of[id(rollout.request)],
             )
-            for rollout, advantage in zip(rollouts, advantages, strict=True)
-            if advantage != 0.0 and self._trains_on(rollout)
+            for rollout in limited.rollouts
+            if advantage_of[id(rollout.request)] != 0.0
         ]
-        stats = _rollout_stats(rollouts) | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
-        return samples, stats
+        stats = self._stats(assignment, rollouts, limited)
+        return samples, stats | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
 
-    def _cross_samples(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> list[TrainSample]:
+    def _cross_samples(
+        self, assignment: Assignment, rollouts: Sequence[Rollout]
+    ) -> tuple[list[TrainSample], dict[str, float]]:
         """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
         assert assignment.teacher is not None
-        kept = [rollout for rollout in rollouts if self._trains_on(rollout)]
-        return [
+        limited = self._limited(rollouts)
+        scores = self.branches[assignment.teacher].score(limited.rollouts)
+        samples = [
             TrainSample(
                 rollout=rollout,
                 term=assignment.term,
@@ -155,31 +159,27 @@ class StepRunner:
                 teacher_logp_N=teacher_logp_N,
                 beta=self.branches[assignment.student].beta,
             )
-            for rollout, teacher_logp_N in zip(kept, self.branches[assignment.teacher].score(kept), strict=True)
+            for rollout, teacher_logp_N in zip(limited.rollouts, scores, strict=True)
         ]
+        return samples, self._stats(assignment, rollouts, limited)
 
-    def _trains_on(self, rollout: Rollout) -> bool:
-        return not (self.config.objective.mask_truncated and rollout.finish_reason == "length")
+    def _limited(self, rollouts: Sequence[Rollout]) -> LimitedRollouts:
+        """What is trained on: within ``optim.max_length``, and under ``mask_truncated`` only what ended by itself."""
+        if self.config.objective.mask_truncated:
+            rollouts = [rollout for rollout in rollouts if rollout.finish_reason != "length"]
+        return limit_length(rollouts, self.config.optim.max_length, self.config.optim.too_long)
 
-
-def encode(encoder: PromptEncoder, example: Example, max_tokens: int) -> EncodedPrompt:
-    """Encode a prompt; UserError for one of more than ``max_tokens`` tokens."""
-    prompt = encoder.encode(example)
-    if prompt.num_tokens > max_tokens:
-        raise UserError(
-            f"prompt {example.uid!r} has {prompt.num_tokens} tokens, rollout.max_prompt_tokens is {max_tokens}"
-        )
-    return prompt
-
-
-def _rollout_stats(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    count = len(rollouts)
-    return {
-        "reward_mean": sum(r.reward for r in rollouts) / count,
-        "response_tokens_mean": sum(r.num_tokens for r in rollouts) / count,
-        "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / count,
-        "num_rollouts": count,
-    }
+    def _stats(self, assignment: Assignment, rollouts: Sequence[Rollout], limited: LimitedRollouts) -> dict[str, float]:
+        count = len(rollouts)
+        return {
+            "reward_mean": sum(r.reward for r in rollouts) / count,
+            "response_tokens_mean": sum(r.num_tokens for r in rollouts) / count,
+            "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / count,
+            "num_rollouts": count,
+            "too_long_truncated": limited.num_truncated,
+            "too_long_dropped": limited.num_dropped,
+            "prompts_skipped": self.streams[assignment.student, assignment.source].num_skipped,
+        }
 
 
 def derive_seed(*parts: object) -> int:

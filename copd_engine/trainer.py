@@ -19,19 +19,20 @@ from copd_engine import checkpoint, run_folder
 from copd_engine.algorithms import MIXED, Schedule, StepPlan
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
-from copd_engine.data import DataStream, load_examples
+from copd_engine.data import load_examples, make_stream
 from copd_engine.diagnostics import compare_branches
 from copd_engine.evaluate import Accuracy, evaluate
 from copd_engine.merge import merge
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
-from copd_engine.models.base import Policy
+from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.flash import resolve_attention
 from copd_engine.models.liger import resolve_liger
 from copd_engine.models.loading import load_model
+from copd_engine.prompts import HeldOutPrompts, PromptSource
 from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
-from copd_engine.step import StepRunner, Timer, derive_seed, encode
+from copd_engine.step import StepRunner, Timer, derive_seed
 from copd_engine.types import Rollout, RolloutRequest, UserError
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -79,10 +80,6 @@ class Trainer:
             branch.name: load_examples(branch.data, "train", f"branches.{index}.data")
             for index, branch in enumerate(config.branches)
         }
-        held_out = {
-            branch.name: load_examples(branch.data, "eval", f"branches.{index}.data")
-            for index, branch in enumerate(config.branches)
-        }
         self.base, self.encoder = load_model(config.model, config.media, config.device)
         vocab_size = len(self.base.lm_head_weight)
         if config.diagnostics.top_k > vocab_size:
@@ -104,15 +101,20 @@ class Trainer:
         }
         self.engine = EmbeddedEngine({name: branch.policy for name, branch in self.branches.items()}, self.encoder)
         streams = {
-            (student, source): DataStream(examples[source], derive_seed(config.seed, "stream", student, source))
+            (student, branch.name): PromptSource(
+                make_stream(
+                    branch.data, examples[branch.name], derive_seed(config.seed, "stream", student, branch.name)
+                ),
+                self.encoder,
+                config.rollout.max_prompt_tokens,
+            )
             for student in self.schedule.students
-            for source in config.branch_names
+            for branch in config.branches
         }
-        self.steps = StepRunner(config, self.branches, self.engine, self.encoder, streams)
-        count = config.eval.final_num_prompts
+        self.steps = StepRunner(config, self.branches, self.engine, streams)
         self._held_out = {
-            name: [encode(self.encoder, e, config.rollout.max_prompt_tokens) for e in rows[:count]]
-            for name, rows in held_out.items()
+            branch.name: held_out_prompts(config, number, self.encoder, config.eval.final_num_prompts)
+            for number, branch in enumerate(config.branches)
         }
         self._probes = self._probe_requests()
         self._equal_steps_rows: list[dict[str, Any]] = []
@@ -236,8 +238,8 @@ class Trainer:
     def _evaluate_one(
         self, engine: EmbeddedEngine, expert: str, num_prompts: int
     ) -> tuple[dict[str, Accuracy], list[tuple[str, Rollout, float]]]:
-        prompts = {name: rows[:num_prompts] for name, rows in self._held_out.items()}
-        return evaluate(engine, expert, prompts, self.steps.sampling, derive_seed(self.config.seed, "eval"))
+        seed = derive_seed(self.config.seed, "eval")
+        return evaluate(engine, expert, self._held_out, self.steps.sampling, seed, num_prompts)
 
     def _keep_samples(self, step: int, model: str, samples: Sequence[tuple[str, Rollout, float]]) -> None:
         kept: dict[str, int] = defaultdict(int)
@@ -372,16 +374,21 @@ def _accuracy_line(method: str, record: dict[str, Any]) -> str:
     return f"{method} step {record['step']} held-out accuracy  " + "  |  ".join(rows)
 
 
+def held_out_prompts(config: RunConfig, number: int, encoder: PromptEncoder, count: int) -> HeldOutPrompts:
+    """The first ``count`` prompts of branch ``number``'s eval split."""
+    data = config.branches[number].data
+    examples = load_examples(data, "eval", f"branches.{number}.data")
+    return HeldOutPrompts(examples, data, encoder, config.rollout.max_prompt_tokens, count)
+
+
 def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:
     """Accuracy of ``config.model`` on the first held-out prompts of every branch."""
     config = resolve(config)
     torch.set_num_threads(config.num_threads)
     policy, encoder = load_model(config.model, config.media, config.device)
     prompts = {
-        branch.name: [
-            encoder.encode(e) for e in load_examples(branch.data, "eval", f"branches.{index}.data")[:num_prompts]
-        ]
-        for index, branch in enumerate(config.branches)
+        branch.name: held_out_prompts(config, number, encoder, num_prompts)
+        for number, branch in enumerate(config.branches)
     }
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
     engine = EmbeddedEngine({"model": policy}, encoder)

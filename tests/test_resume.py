@@ -302,10 +302,10 @@ def test_every_stream_goes_on_with_the_next_prompt(
     for run_dir in (tmp_path / "whole", tmp_path / "resumed"):
         state = read_manifest(complete_checkpoints(run_dir / "checkpoints")[-1])["state"]
         assert state["streams"] == {
-            "text/text": {"epoch": 1, "cursor": 4},  # 8 steps x 2 prompts
-            "image/image": {"epoch": 1, "cursor": 4},
-            "text/image": {"epoch": 0, "cursor": 8},  # 4 steps x 2 prompts
-            "image/text": {"epoch": 0, "cursor": 8},
+            "text/text": {"epoch": 1, "cursor": 4, "num_drawn": 16, "num_skipped": 0},  # 8 steps x 2 prompts
+            "image/image": {"epoch": 1, "cursor": 4, "num_drawn": 16, "num_skipped": 0},
+            "text/image": {"epoch": 0, "cursor": 8, "num_drawn": 8, "num_skipped": 0},  # 4 steps x 2 prompts
+            "image/text": {"epoch": 0, "cursor": 8, "num_drawn": 8, "num_skipped": 0},
         }
         assert state["rollouts_drawn"] == {"text": 24 * 4, "image": 24 * 4}
 

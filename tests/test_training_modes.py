@@ -78,7 +78,7 @@ def test_what_is_frozen_stays_and_the_rest_moves(run: Any, material: tuple[Path,
 
 
 def test_a_saved_model_is_a_plain_one(run: Any) -> None:
-    mode, folder = run
+    _, folder = run
     plain = AutoModelForImageTextToText.from_pretrained(folder / "models/merged")
     assert not any("lora" in name for name, _ in plain.named_parameters())
 

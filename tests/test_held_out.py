@@ -1,0 +1,99 @@
+"""Held-out prompts: encoded again where their pixels are too many to keep, damaged ones left out; chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from copd_engine.config import DataConfig
+from copd_engine.evaluate import evaluate
+from copd_engine.prompts import HeldOutPrompts, in_chunks
+from copd_engine.rollout.base import Sampling
+from copd_engine.rollout.embedded import EmbeddedEngine
+from copd_engine.testbed import tasks
+from copd_engine.types import Example, UserError
+from tests.helpers import prompts_of_all_domains, tiny_model
+
+SKIP, RAISE = (DataConfig(domain="image", on_error=mode) for mode in ("skip", "raise"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+def images(count: int) -> list[Example]:
+    return tasks.testbed_examples("image", "eval", count, 0)
+
+
+def broken(example: Example, folder: Path) -> Example:
+    file = folder / "broken.png"
+    file.write_bytes(b"no picture")
+    return dataclasses.replace(example, uid="broken", images=(file,))
+
+
+def test_what_is_not_kept_is_encoded_to_the_same_numbers(model):
+    encoder = model[1]
+    kept = HeldOutPrompts(images(6), RAISE, encoder, 100, 4)
+    size = kept[0].pixel_values.numel() * 4
+    anew = HeldOutPrompts(images(6), RAISE, encoder, 100, 4, max_bytes=2 * size)
+    assert len(kept) == len(anew) == 4
+    assert [anew[i] is anew[i] for i in range(4)] == [True, True, False, False]
+    for one, two in zip(kept, anew, strict=True):
+        assert torch.equal(one.pixel_values, two.pixel_values)
+        assert torch.equal(one.input_ids_T, two.input_ids_T)
+    assert [p.example.uid for p in anew[1:3]] == [p.example.uid for p in kept][1:3]
+
+
+def test_damage_stops_or_is_left_out(model, tmp_path):
+    rows = images(5)
+    rows[1] = broken(rows[1], tmp_path)
+    with pytest.raises(UserError, match=r"broken\.png"):
+        HeldOutPrompts(rows, RAISE, model[1], 100, 4)
+    held_out = HeldOutPrompts(rows, SKIP, model[1], 100, 4)
+    assert [p.example.uid for p in held_out] == [rows[i].uid for i in (0, 2, 3, 4)]
+    rows[3] = broken(rows[3], tmp_path)
+    with pytest.raises(UserError, match=r"2 of the first 4 held-out prompts could not be encoded.*broken\.png"):
+        HeldOutPrompts(rows, SKIP, model[1], 100, 4)
+    with pytest.raises(UserError, match="no held-out prompt could be encoded"):
+        HeldOutPrompts(rows[3:4], SKIP, model[1], 100, 4)
+
+
+def test_one_source_that_raises_makes_a_mixture_raise(model, tmp_path):
+    row = broken(images(1)[0], tmp_path)
+    source = {"source": "testbed", "domain": "image"}
+    mixture = DataConfig(source="mixture", sources=({**source, "on_error": "skip"}, source))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"broken\.png"):
+        HeldOutPrompts([row, *images(2)], mixture, model[1], 100, 2)
+
+
+def test_chunks_hold_so_many_bytes(model):
+    prompts = prompts_of_all_domains(model[1], 2)  # text, image, video twice
+    sizes = [sum(x.numel() * 4 for x in (p.pixel_values, p.pixel_values_videos) if x is not None) for p in prompts]
+    for limit in (0, max(sizes), sum(sizes)):
+        chunks = list(in_chunks(prompts, limit))
+        assert [p for chunk in chunks for p in chunk] == prompts
+        for chunk in chunks:
+            inside = [sizes[prompts.index(p)] for p in chunk]
+            assert sum(inside) <= limit or sum(size > 0 for size in inside) == 1
+    assert [len(chunk) for chunk in in_chunks(prompts, sum(sizes))] == [6]
+    assert list(in_chunks([])) == []
+
+
+def test_evaluation_in_chunks_draws_what_one_call_draws(model, monkeypatch):
+    policy, encoder = model
+    engine = EmbeddedEngine({"text": policy}, encoder)
+    prompts = {"image": HeldOutPrompts(images(8), RAISE, encoder, 100, 8)}
+    arguments = (engine, "text", prompts, Sampling(1.0, 8), 3)
+    whole = evaluate(*arguments)
+    monkeypatch.setattr("copd_engine.prompts.MAX_KEPT_BYTES", 1)
+    monkeypatch.setattr(in_chunks, "__defaults__", (1,))
+    parts = evaluate(*arguments)
+    assert [r.response_ids_N.tolist() for _, r, _ in whole[1]] == [r.response_ids_N.tolist() for _, r, _ in parts[1]]
+    assert whole[0] == parts[0]
+    assert all(r.request.prompt.pixel_values is None for _, r, _ in whole[1])
+    assert len(evaluate(*arguments, num_prompts=3)[1]) == 3
