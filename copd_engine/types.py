@@ -120,7 +120,9 @@ class Rollout:
 
     ``response_ids_N`` int64 holds the end token when the model emitted one (``finish_reason == "stop"``),
     none when the length limit cut it (``"length"``). ``sampler_logp_N`` fp32: log-prob of each sampled token under
-    the sampling policy at the sampling temperature. ``weight_version`` is the policy's version while sampling.
+    the sampling policy at the sampling temperature. ``weight_version`` is the policy's version while sampling, the
+    oldest one where it changed; ``version_spans`` then says ``(version, start, end)`` of each span of tokens, and is
+    empty where one version sampled all.
     """
 
     request: RolloutRequest
@@ -130,6 +132,7 @@ class Rollout:
     weight_version: int
     text: str = ""
     reward: float = 0.0
+    version_spans: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

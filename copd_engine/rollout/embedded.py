@@ -14,11 +14,11 @@ import torch
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.cache import DecodeCache, PrefillCache
 from copd_engine.packing import pack
-from copd_engine.rollout.base import Sampling
+from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(RolloutEngine):
     """Implements :class:`copd_engine.rollout.base.RolloutEngine` over the trainer's policies.
 
     ``max_sequences``: how many sequences decode side by side; more requests are served in turns.
