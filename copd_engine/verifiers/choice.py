@@ -72,14 +72,13 @@ def _settled(answer: Answer, options: Mapping[str, str]) -> frozenset[str] | Non
 
 
 def _letters(text: str, options: Mapping[str, str]) -> frozenset[str] | None:
-    text = text[:2_000]
     by_text = {normalize(option): letter for letter, option in options.items()}
-    if options and normalize(text) in by_text:
-        return frozenset(by_text[normalize(text)])
-    text = _QUOTES.sub("", _MARKUP.sub(r"\1", ascii_signs(text))).strip()
+    text = _QUOTES.sub("", _MARKUP.sub(r"\1", ascii_signs(text[:2_000]))).strip()
     text = _NOUN.sub("", text).strip()
     if match := _ONE.fullmatch(text):
         return frozenset(match[1].upper())
+    if options and normalize(text) in by_text:
+        return frozenset(by_text[normalize(text)])
     if _SEVERAL.fullmatch(text):
         return _without_repeats("".join(re.findall(r"[A-J](?![A-Za-z])", text)))
     if match := _RUN.fullmatch(text):
@@ -88,8 +87,6 @@ def _letters(text: str, options: Mapping[str, str]) -> frozenset[str] | None:
         return None if _ANOTHER.search(_REASON.sub("", text)) else frozenset(match[1])
     if match := _LABELLED.fullmatch(text):
         return _labelled(match[1] or match[2] or match[3], match["text"], by_text)
-    if options and normalize(text) in by_text:
-        return frozenset(by_text[normalize(text)])
     return None
 
 
@@ -110,11 +107,7 @@ def _without_repeats(letters: str) -> frozenset[str] | None:
 def _gold(example: Example) -> tuple[frozenset[str], dict[str, str]]:
     where = f"{example.name}: verifier 'multiple_choice'"
     options = _options(example.metadata.get("choices"), where)
-    letters = None
-    if options:
-        gold = example.answer.strip()
-        letters = next((frozenset(letter) for letter, text in options.items() if text.strip() == gold), None)
-    letters = letters or _letters(example.answer, {}) or _letters(example.answer, options)
+    letters = _letters(example.answer, options)
     if not letters:
         hint = " or the text of one of metadata.choices" if options else ""
         raise UserError(f"{where}: answer = {example.answer!r}: must be letters from A to J, such as B or AC{hint}")

@@ -30,6 +30,8 @@ _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d+)(?!\w)")
 _UNMARKED_UNIT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}")
 
+_THIN_SPACING = re.compile(r"(?<!\\)\\[,;:!]")
+_SPACING = re.compile(r"(?<!\\)\\(?: |quad\b|qquad\b)|~")
 _DECIMAL = r"(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _QUOTIENT = r"(?:\\[dt]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}|\d+\s*/\s*\d+)"
 _PLAIN_NUMBER = re.compile(
@@ -115,7 +117,9 @@ def _readings(answer: Answer) -> list[str]:
         text = answer.text
     else:
         text = answer.text if answer.source == "boxed" else first_sentence(answer.text)
-    text = ascii_signs(text)
+    text = _SPACING.sub(" ", _THIN_SPACING.sub("", ascii_signs(text))).replace("\\$", "")
+    if text.count("$") == 1:  # a currency, no delimiter
+        text = text.replace("$", "")
     text = _EXPONENT.sub(r"\1 \\times 10^{\2}", _MIXED.sub(r"\1\\frac{\2}{\3}", text))
     delimited = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
     words = _WORD.search(_COMMAND.sub(" ", text)) is not None
