@@ -10,22 +10,16 @@ from itertools import islice
 from copd_engine.prompts import in_chunks, without_pixels
 from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
-from copd_engine.verifiers import get_verifier
+from copd_engine.verifiers import verify_all
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean reward over ``num_prompts`` held-out prompts, one sample each, and its standard error."""
+    """Mean score of the verifier over ``num_prompts`` held-out prompts, one sample each, and its standard error."""
 
     mean: float
     stderr: float
     num_prompts: int
-
-
-def verify(rollout: Rollout) -> float:
-    """Reward of one response by its example's verifier."""
-    example = rollout.request.prompt.example
-    return get_verifier(example.verifier)(rollout.text, example)
 
 
 def evaluate(
@@ -52,7 +46,7 @@ def evaluate(
                 for index, prompt in enumerate(chunk, start=len(rewards))
             ]
             rollouts = engine.generate(expert, requests, sampling)
-            scores = [verify(rollout) for rollout in rollouts]
+            scores = verify_all([(rollout.text, rollout.request.prompt.example) for rollout in rollouts])
             rewards += scores
             samples += [(domain, _slim(rollout), score) for rollout, score in zip(rollouts, scores, strict=True)]
         accuracies[domain] = mean_accuracy(rewards)

@@ -16,8 +16,8 @@ from torch import nn
 class MasterWeights:
     """Master copies by name. A parameter that is fp32 (or wider) already is its own master: nothing is copied.
 
-    From construction on, backward moves the gradients of 16-bit parameters into their masters' ``grad`` (fp32): optimize
-    and clip ``tensors``, then call :meth:`round_into_model`.
+    From construction on, backward moves the gradients of 16-bit parameters into their masters' ``grad`` (fp32). Clip and
+    step ``tensors``, then call :meth:`round_into_model`.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -18,14 +18,17 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
              "terms": {"grpo": {"loss": x, "num_tokens": n, "num_responses": n},
                        "opd:image": {"loss": x, "num_tokens": n, "num_responses": n, "delta_mean": x,
                                      "reverse_kl": x}},              # opd:<teacher>
-             "rollout": {"text": {"reward_mean": x, "response_tokens_mean": x, "truncated_fraction": x,
-                                  "zero_variance_groups": n, "num_groups": n}}}},     # by domain of the prompts
+             "rollout": {"text": {"reward_mean": x, "reward_terms": {"verifier": x}, "response_tokens_mean": x,
+                                  "truncated_fraction": x, "zero_variance_groups": n, "num_groups": n,
+                                  "too_long_truncated": n, "too_long_dropped": n,     # by optim.too_long
+                                  "prompts_skipped": n}}}},  # since the start; by domain of the prompts
          "diagnostics": null | {"pairs": [           # ordered pairs, measured after the step's update
              {"student": "text", "teacher": "image", "overlap": x, "sum_min": x, "kl_student_teacher": x,
               "kl_teacher_student": x, "symmetric_kl": x}]},
          "evaluate": null | {"text": {"text": x, "image": x, "average": x}},          # branch -> domain -> accuracy
          "system": {"rss_bytes": n, "gpu": null | [{"memory_used_bytes": n, "memory_total_bytes": n,
-                                                    "utilization_percent": x, "power_w": x}]}}
+                                                    "utilization_percent": x, "power_w": x}]},
+         "verifier_failures": {"timeouts": n, "out_of_memory": n, "crashes": n}}     # scored 0, since the process began
 
     Any value may be missing or null (a skipped step has no loss); NaN and infinity are written as null. A line with
     ``"step": 0, "phase": "base"`` may open the file, with "evaluate" and "diagnostics" of the base alone.

@@ -16,10 +16,10 @@ from typing import Any
 from copd_engine.algorithms import Assignment, StepPlan
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
-from copd_engine.evaluate import verify
 from copd_engine.length_limit import LimitedRollouts, limit_length
 from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
 from copd_engine.prompts import PromptSource
+from copd_engine.rewards import Reward, RewardScore
 from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.types import Rollout, RolloutRequest
 
@@ -54,27 +54,32 @@ class StepRunner:
         self.engine = engine
         self.streams = streams
         self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
+        self.rewards = {
+            branch.name: Reward(branch.reward, config.rollout.max_new_tokens, f"branches.{number}.reward")
+            for number, branch in enumerate(config.branches)
+        }
         self.rollouts_drawn: dict[str, int] = defaultdict(int)
 
     def run(self, plan: StepPlan, timer: Timer) -> dict[str, dict[str, Any]]:
         """Execute ``plan``; returns the metrics of each branch."""
         per_branch: dict[str, dict[str, Any]] = {}
-        drawn: dict[str, list[tuple[Assignment, list[Rollout]]]] = {}
+        drawn: dict[str, list[tuple[Assignment, list[Rollout], list[RewardScore]]]] = {}
         for student in self.branches:
             with timer("rollout"):
-                drawn[student] = self.roll_out(plan, student)
+                batches = self.roll_out(plan, student)
             with timer("verify"):
-                drawn[student] = [(a, [r.with_reward(verify(r)) for r in rollouts]) for a, rollouts in drawn[student]]
+                drawn[student] = [(assignment, *self._rewarded(assignment, rs)) for assignment, rs in batches]
         samples: dict[str, list[TrainSample]] = {}
-        for student, batches in drawn.items():
+        for student, rewarded in drawn.items():
             per_branch[student] = {"rollout": {}}
             samples[student] = []
-            for assignment, rollouts in batches:
+            for assignment, rollouts, scores in rewarded:
                 if assignment.teacher is None:
                     kept, stats = self._native_samples(assignment, rollouts)
                 else:
                     with timer("teacher"):
                         kept, stats = self._cross_samples(assignment, rollouts)
+                stats["reward_terms"] = _term_means(scores)
                 per_branch[student]["rollout"][assignment.source] = stats
                 samples[student] += kept
         for student, branch in self.branches.items():
@@ -120,9 +125,14 @@ class StepRunner:
             rollouts = rollouts[count:]
         return split
 
+    def _rewarded(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[RewardScore]]:
+        """By the terms of the branch whose prompts they are, whoever answered."""
+        scores = self.rewards[assignment.source].score(rollouts)
+        return [r.with_reward(score.total) for r, score in zip(rollouts, scores, strict=True)], scores
+
     def _native_samples(
         self, assignment: Assignment, rollouts: Sequence[Rollout]
-    ) -> tuple[list[TrainSample], dict[str, float]]:
+    ) -> tuple[list[TrainSample], dict[str, Any]]:
         """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded.
 
         The advantages are those of the whole group; what is too long is cut or left out after.
@@ -146,7 +156,7 @@ class StepRunner:
 
     def _cross_samples(
         self, assignment: Assignment, rollouts: Sequence[Rollout]
-    ) -> tuple[list[TrainSample], dict[str, float]]:
+    ) -> tuple[list[TrainSample], dict[str, Any]]:
         """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
         assert assignment.teacher is not None
         limited = self._limited(rollouts)
@@ -180,6 +190,10 @@ class StepRunner:
             "too_long_dropped": limited.num_dropped,
             "prompts_skipped": self.streams[assignment.student, assignment.source].num_skipped,
         }
+
+
+def _term_means(scores: Sequence[RewardScore]) -> dict[str, float]:
+    return {name: sum(score.terms[name] for score in scores) / len(scores) for name in scores[0].terms}
 
 
 def derive_seed(*parts: object) -> int:

@@ -9,6 +9,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.step import StepRunner, Timer, derive_seed
 from copd_engine.types import Rollout, RolloutRequest, UserError
+from copd_engine.verifiers import shared_pool
 
 MAX_SKIPPED_IN_A_ROW = 10
 SAMPLES_PER_DOMAIN = 3
@@ -190,6 +192,7 @@ class Trainer:
         record["step_s"] = time.perf_counter() - begin
         record["elapsed_s"] = self._elapsed()
         record["system"] = system_stats()
+        record["verifier_failures"] = asdict(shared_pool().failures)
         return record
 
     # Measuring

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,27 @@ def test_a_damaged_picture_stops_the_run_or_is_left_out(material, tmp_path, on_e
     rows = [row["branches"]["image"]["rollout"]["image"] for row in read_metrics(run_dir)[1:]]
     assert [row["num_rollouts"] for row in rows] == [8] * 49
     assert rows[-1]["prompts_skipped"] == 1
+
+
+def test_the_reward_is_the_sum_of_its_terms_and_accuracy_the_verifier_alone(material, tmp_path):
+    """``1`` alone is no sentence: the format term is 0; responses of 7 and 8 tokens are punished."""
+    config = small_config(*material, tmp_path, schedule={"cycles": 1, "rl_steps": 4, "opd_steps": 0})
+    reward = [
+        {"kind": "verifier", "weight": 0.5},
+        {"kind": "format", "pattern": "[12]+"},
+        {"kind": "overlong", "buffer_tokens": 2},
+    ]
+    config |= {"method": "expert", "branches": [config["branches"][0] | {"reward": reward}]}
+    run_dir = train(config)
+    seen = []
+    for row in read_metrics(run_dir)[1:]:
+        stats = row["branches"]["text"]["rollout"]["text"]
+        terms = stats["reward_terms"]
+        assert stats["reward_mean"] == pytest.approx(0.5 * terms["verifier"] + terms["format"] + terms["overlong"])
+        seen.append(terms)
+    assert any(terms["verifier"] > 0 for terms in seen)
+    assert any(0 < terms["format"] < 1 for terms in seen)
+    assert any(-1 < terms["overlong"] < 0 for terms in seen)
+    result = json.loads((run_dir / "result.json").read_text())
+    for line in result["rows"]:
+        assert line["accuracy"]["text"] in (0, 0.25, 0.5, 0.75, 1)  # of four prompts, unshaped

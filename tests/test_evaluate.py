@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from copd_engine.evaluate import Accuracy, average, evaluate, mean_accuracy, verify
+from copd_engine.evaluate import Accuracy, average, evaluate, mean_accuracy
 from copd_engine.rollout.base import Sampling
 from copd_engine.types import EncodedPrompt, Example, Rollout, RolloutRequest
 
@@ -52,14 +52,6 @@ def test_average_weighs_domains_equally():
     assert overall.mean == pytest.approx(0.5)
     assert overall.stderr == pytest.approx(0.025)  # sqrt(.03^2 + .04^2) / 2
     assert overall.num_prompts == 500
-
-
-def test_verify_asks_the_examples_own_verifier():
-    request = RolloutRequest(prompt("p", "4"), 0, 0)
-    rollout = Rollout(request, torch.zeros(1, dtype=torch.int64), torch.zeros(1), "stop", 0, text="3#4")
-    assert verify(rollout) == 1.0
-    wrong = RolloutRequest(prompt("p", "3"), 0, 0)
-    assert verify(Rollout(wrong, rollout.response_ids_N, rollout.sampler_logp_N, "stop", 0, text="3#4")) == 0.0
 
 
 def test_evaluate_by_domain_with_the_same_seeds_every_time():
