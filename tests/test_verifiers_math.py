@@ -200,7 +200,9 @@ def test_the_gold_is_accepted_however_it_is_marked(golds: list[str]) -> None:
     pairs = [(form.format(answer), gold(answer)) for answer in golds for form in forms]
     for answer in golds:
         check_example(gold(answer))
-    assert dict.fromkeys((pair[0] for pair in pairs), 1.0) == dict(zip((p[0] for p in pairs), verify_all(pairs)))
+    assert dict.fromkeys((pair[0] for pair in pairs), 1.0) == dict(
+        zip((pair[0] for pair in pairs), verify_all(pairs), strict=True)
+    )
 
 
 @settings(max_examples=15)

@@ -48,7 +48,7 @@ class Limits:
     """
 
     cpu_s: float = 2.0
-    wall_s: float = 4.0
+    wall_s: float = 3.0
     memory_bytes: int = 2 << 30
     load_s: float = 120.0
 
