@@ -13,9 +13,10 @@ from copd_kernels import linear_logprob, linear_policy_loss
 
 from copd_engine.config import ObjectiveConfig, OptimConfig
 from copd_engine.master_weights import MasterWeights
+from copd_engine.micro_batches import CostModel, split_micro_batches
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.objectives import TrainSample
-from copd_engine.packing import pack, split_by_tokens
+from copd_engine.packing import pack
 from copd_engine.types import PackedBatch, Rollout
 
 
@@ -61,6 +62,7 @@ class Branch:
         self._optim = optim
         self._objective = objective
         self._temperature = temperature
+        self._cost = CostModel.of(**policy.sizes)
         self.parameters = policy.named_parameters()
         self.masters = MasterWeights(self.parameters)
         self.optimizer = torch.optim.AdamW(
@@ -72,13 +74,17 @@ class Branch:
             fused=True,
         )
 
-    def pack(self, rollouts: Sequence[Rollout]) -> PackedBatch:
-        """The rollouts in one row, on the policy's device."""
+    def pack(self, rollouts: Sequence[Rollout], terms: Sequence[int] = (), num_terms: int = 1) -> PackedBatch:
+        """The rollouts in one row, on the policy's device; ``terms``: the loss term of each, by number."""
         return pack(
             [rollout.request.prompt for rollout in rollouts],
             [rollout.response_ids_N for rollout in rollouts],
             self._encoder.visual_token_ids,
             self._encoder.spatial_merge_size,
+            group_ids=[rollout.request.group for rollout in rollouts],
+            term_ids=terms or None,
+            num_terms=num_terms,
+            pad_to_multiple_of=self._optim.pad_to_multiple_of,
         ).to(self.policy.device)
 
     def full_parameters(self) -> Mapping[str, torch.Tensor]:
@@ -89,12 +95,12 @@ class Branch:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """Log-probs fp32 ``[N]`` on the CPU of each rollout's tokens under this branch, at the sampling temperature."""
-        scores: list[torch.Tensor] = []
+        scores: dict[int, torch.Tensor] = {}
         for indexes in self.micro_batches(rollouts):
             batch = self.pack([rollouts[i] for i in indexes])
             logp_N = self._logp(self.policy.hidden_states(batch), batch.target_N).cpu()
-            scores += logp_N.split([rollouts[i].num_tokens for i in indexes])
-        return scores
+            scores.update(zip(indexes, logp_N.split([rollouts[i].num_tokens for i in indexes]), strict=True))
+        return [scores[i] for i in range(len(rollouts))]
 
     def update(self, samples: Sequence[TrainSample]) -> dict[str, Any]:
         """One step's parameter updates from ``samples``; returns metrics.
@@ -135,7 +141,8 @@ class Branch:
         self, samples: Sequence[TrainSample], old_logp: dict[int, torch.Tensor], scale: float, totals: _Totals
     ) -> float:
         """Forward and backward of one micro-batch; adds to the gradients and to ``totals``; returns the loss."""
-        batch = self.pack([sample.rollout for sample in samples])
+        names = list(dict.fromkeys(sample.term for sample in samples))
+        batch = self.pack([s.rollout for s in samples], [names.index(s.term) for s in samples], len(names))
         lengths = [sample.rollout.num_tokens for sample in samples]
         hidden_ND = self.policy.hidden_states(batch)
         if id(samples[0]) in old_logp:
@@ -170,15 +177,34 @@ class Branch:
         totals.ratio += float(result.ratio_T.sum())
         totals.mismatch += float(mismatch_N.sum())
         totals.mismatch_max = max(totals.mismatch_max, float(mismatch_N.max()))
-        loss_N = result.loss_T.cpu()
-        for sample, loss_n, old in zip(samples, loss_N.split(lengths), old_logp_N.split(lengths), strict=True):
-            term = totals.terms[sample.term]
-            term["loss"] += float(loss_n.sum()) / scale
-            term["num_tokens"] += len(old)
-            term["num_responses"] += 1
-            if sample.teacher_logp_N is not None:
-                term["delta_sum"] += float((sample.teacher_logp_N - old).sum())
+        self._add_terms(samples, names, batch, result.loss_T.cpu() / scale, old_logp_N, totals)
         return loss
+
+    @staticmethod
+    def _add_terms(
+        samples: Sequence[TrainSample],
+        names: Sequence[str],
+        batch: PackedBatch,
+        loss_N: torch.Tensor,
+        old_logp_N: torch.Tensor,
+        totals: _Totals,
+    ) -> None:
+        """Sums over the tokens of each loss term, which are never mixed."""
+        term_ids_B = batch.term_ids_B.cpu()
+        term_ids_N = term_ids_B[batch.sequence_N.cpu()]
+        old = old_logp_N.split([sample.rollout.num_tokens for sample in samples])
+        # GRPO's samples have no teacher, hence no difference to one.
+        teacher = [o if s.teacher_logp_N is None else s.teacher_logp_N for s, o in zip(samples, old, strict=True)]
+        delta_N = torch.cat(teacher) - old_logp_N
+        sums = torch.zeros(2, len(names), dtype=torch.float64)
+        sums.index_add_(1, term_ids_N, torch.stack([loss_N, delta_N]).double())
+        num_responses = torch.bincount(term_ids_B, minlength=len(names))
+        for number, name in enumerate(names):
+            term = totals.terms[name]
+            term["loss"] += float(sums[0, number])
+            term["delta_sum"] += float(sums[1, number])
+            term["num_tokens"] += int(batch.term_tokens[number])
+            term["num_responses"] += int(num_responses[number])
 
     def _logp(self, hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         return linear_logprob(
@@ -191,10 +217,11 @@ class Branch:
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Indexes of rollouts that one forward takes."""
-        return split_by_tokens(
+        return split_micro_batches(
             [rollout.request.prompt for rollout in rollouts],
             [rollout.num_tokens for rollout in rollouts],
             self._optim.max_tokens_per_micro_batch,
+            self._cost,
         )
 
     def _batches(self, samples: Sequence[TrainSample]) -> list[list[int]]:

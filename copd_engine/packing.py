@@ -182,25 +182,3 @@ def _media(
         ordered += zip(first_tokens, pixels.split(patches.tolist()), grids.split(1), strict=True)
     ordered.sort(key=lambda medium: medium[0])
     return [pixels for _, pixels, _ in ordered], [grid for _, _, grid in ordered]
-
-
-def split_by_tokens(
-    prompts: Sequence[EncodedPrompt], response_tokens: Sequence[int], max_tokens: int
-) -> list[list[int]]:
-    """Indexes of sequences per micro-batch, in order, each of at most ``max_tokens`` packed tokens.
-
-    A prompt counts once per micro-batch. A sequence longer than the budget gets a micro-batch of its own.
-    """
-    batches: list[list[int]] = []
-    used = 0
-    known: set[int] = set()
-    for index, (prompt, num_response) in enumerate(zip(prompts, response_tokens, strict=True)):
-        cost = num_response + (0 if id(prompt) in known else prompt.num_tokens)
-        if not batches or used + cost > max_tokens:
-            batches.append([])
-            used, known = 0, set()
-            cost = num_response + prompt.num_tokens
-        batches[-1].append(index)
-        used += cost
-        known.add(id(prompt))
-    return batches

@@ -101,6 +101,17 @@ class Policy(ABC):
             )
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What the cost of a forward follows from: widths and depths of the decoder and of the vision tower."""
+        text, vision = self.module.config.get_text_config(), getattr(self.module.config, "vision_config", None)
+        sizes = {"hidden_size": text.hidden_size, "num_layers": text.num_hidden_layers}
+        experts = getattr(text, "num_experts_per_tok", None)
+        sizes["intermediate_size"] = experts * text.moe_intermediate_size if experts else text.intermediate_size
+        if vision is not None:
+            sizes |= {"vision_hidden_size": vision.hidden_size, "vision_layers": vision.depth}
+        return sizes
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
