@@ -6,8 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from copd_engine.config import ModelConfig
+from copd_engine.models.cache import DecodeCache, PrefillCache
+from copd_engine.models.loading import load_model
 from copd_engine.packing import pack
+from copd_engine.testbed.model import untrained
 from tests.families import FAMILIES, IMAGE, MERGE, VIDEO, VISION_FAMILIES, build, make_prompt, prompts_of, response
+from tests.model_inputs import example, image, video
 from tests.plain import plain_hidden, plain_logp, plain_model
 
 
@@ -125,3 +130,36 @@ def test_a_saved_model_gives_the_same_logits_in_plain_transformers(policy, famil
         with torch.no_grad():
             own = log_softmax(policy, policy.hidden_states(packed(policy, [prompt], [response(0, 4)])))
             torch.testing.assert_close(own, plain_logp(plain.eval(), prompt, response(0, 4)), atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_token_by_token_equals_one_packed_row(policy):
+    """A prefill of all prompts, then given tokens one at a time, against the hidden states of the whole row."""
+    prompts = prompts_of(policy)
+    repeats_P = torch.tensor([2, 1, 2, 1, 1])
+    owners = torch.arange(5).repeat_interleave(repeats_P).tolist()
+    responses_BN = torch.stack([response(seed, 5) for seed in range(7)])
+    with torch.inference_mode():
+        whole_ND = policy.hidden_states(packed(policy, [prompts[p] for p in owners], list(responses_BN)))
+        prefill = PrefillCache()
+        batch = packed(policy, prompts, [torch.empty(0, dtype=torch.int64)] * 5)
+        steps = [policy.hidden_states(batch, prefill).repeat_interleave(repeats_P, 0)]
+        cache = DecodeCache(prefill, batch.prompt_lengths_P, repeats_P, 5)
+        position_B = torch.tensor([prompts[p].next_position for p in owners])
+        steps.extend(policy.decode_step(responses_BN[:, n], position_B + n, cache) for n in range(4))
+    own_BND = torch.stack(steps, dim=1)
+    torch.testing.assert_close(own_BND.flatten(0, 1), whole_ND, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_prompts_of_the_models_own_encoder(family, tmp_path):
+    """A folder loaded whole: real images and videos through transformers' processors, and the model behind them."""
+    build(family).save(tmp_path)
+    untrained(0, hidden_size=32, num_layers=1)[1].save(tmp_path)
+    policy, encoder = load_model(ModelConfig(path=str(tmp_path)))
+    examples = [
+        example("What is 1 + 1?"),
+        example("<image> or <image>?", [image(16, 24), image(8, 8)]),
+        example("Count: <video>", videos=[video(5, 16, 16)], fps=1.0),
+        example("<video> and <image>", [image(24, 16)], [video(4, 8, 16)]),
+    ]
+    check_equal(policy, [encoder.encode(e) for e in examples], [response(seed, 4) for seed in range(4)])

@@ -21,7 +21,7 @@ ADAPTER = "default"  # peft's name of a model's only adapter
 
 
 def add_adapters(module: nn.Module, backbone: nn.Module, config: LoraConfig) -> None:
-    """Freeze ``module`` and give the linear layers of ``backbone``, a part of it, trainable adapters.
+    """Give the linear layers of ``backbone``, a part of ``module``, trainable adapters; all else is frozen.
 
     A is drawn from a fixed seed. UserError when peft is missing or ``target_modules`` names no linear layer.
     """
@@ -31,7 +31,6 @@ def add_adapters(module: nn.Module, backbone: nn.Module, config: LoraConfig) -> 
     except ImportError:
         raise UserError("model.lora needs the package peft: install the extra 'lora'") from None
     targets = _targets(module, backbone, config.target_modules)
-    module.requires_grad_(False)
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # annotated int, used as a factor

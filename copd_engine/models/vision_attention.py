@@ -38,14 +38,16 @@ def vision_attention(
     lengths = sorted(set(lengths_S.tolist()) - {0})
     if len(lengths) == 1:
         return _attend(query, key, value, lengths[0], scaling).unsqueeze(0), None
-    outputs, rows = [], []
-    for length in lengths:
-        column_L = torch.arange(length, device=query.device)
-        rows_n = (starts_S[lengths_S == length][:, None] + column_L).flatten()
-        q, k, v = (x.index_select(2, rows_n) for x in (query, key, value))
-        outputs.append(_attend(q, k, v, length, scaling))
-        rows.append(rows_n)
-    return torch.cat(outputs).index_select(0, torch.cat(rows).argsort()).unsqueeze(0), None
+    order_n = torch.cat(
+        [
+            (starts_S[lengths_S == length][:, None] + torch.arange(length, device=query.device)).flatten()
+            for length in lengths
+        ]
+    )
+    sizes = [length * int((lengths_S == length).sum()) for length in lengths]
+    parts = zip(*(x.index_select(2, order_n).split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [_attend(q, k, v, length, scaling) for (q, k, v), length in zip(parts, lengths, strict=True)]
+    return torch.cat(outputs).index_select(0, order_n.argsort()).unsqueeze(0), None
 
 
 def _attend(
