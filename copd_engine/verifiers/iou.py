@@ -38,7 +38,7 @@ def iou_span(response: str, example: Example) -> float:
     if span is None:
         return 0.0
     overlap = max(0.0, min(span[1], gold[1]) - max(span[0], gold[0]))
-    return _score(overlap / (span[1] - span[0] + gold[1] - gold[0] - overlap), threshold)
+    return _score(overlap / ((span[1] - span[0]) + (gold[1] - gold[0]) - overlap), threshold)
 
 
 def check_box(example: Example) -> None:
@@ -98,6 +98,7 @@ def _seconds(time: str) -> float:
 
 
 def _score(iou: float, threshold: float | None) -> float:
+    iou = min(iou, 1.0)  # rounding
     return iou if threshold is None else float(iou >= threshold)
 
 

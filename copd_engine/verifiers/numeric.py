@@ -92,7 +92,7 @@ def numbers(text: str) -> list[Number]:
             value = _value(match)
         except DecimalException:
             continue
-        found.append(Number(-value if match["sign"] == "-" else value, match["percent"] is not None))
+        found.append(Number(value.copy_negate() if match["sign"] == "-" else value, match["percent"] is not None))
     return found
 
 
@@ -136,7 +136,7 @@ def _gold(example: Example) -> tuple[Number, Callable[[Decimal], Decimal]]:
     if len(found) != 1:
         raise UserError(f"{example.name}: verifier 'numeric': answer = {example.answer!r}: must be one number")
     absolute, relative = (_tolerance(example, key) for key in ("abs_tol", "rel_tol"))
-    return found[0], lambda target: max(absolute, _CONTEXT.multiply(relative, abs(target)))
+    return found[0], lambda target: max(absolute, _CONTEXT.multiply(relative, target.copy_abs()))
 
 
 def _tolerance(example: Example, key: str) -> Decimal:
