@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -17,11 +18,24 @@ from copd_engine import run_folder
 from copd_engine.config import RunConfig, build_config, load_config
 from copd_engine.types import EncodedPrompt, Example, Rollout, RolloutRequest, UserError
 from tests.small_run import contents
+from tests.video_files import write_video
 
 
 def config_of(**changes: Any) -> RunConfig:
     branches = [{"name": name, "data": {"domain": name}} for name in ("text", "image")]
     return build_config({"branches": branches, **changes})
+
+
+def test_samples_of_media_in_files(tmp_path: Path) -> None:
+    """A picture from its bytes made small enough for the report, a film as every second of its sampled frames."""
+    large = io.BytesIO()
+    Image.new("RGB", (4096, 8), (9, 9, 9)).save(large, "PNG")
+    write_video(tmp_path / "a.mp4", 90, rate=30)  # 6 frames at 2 a second
+    run_folder.save_sample(tmp_path, 1, "a", "a", rollout_of("a", (large.getvalue(),), (tmp_path / "a.mp4",)), 0.0)
+    picture, strip = (np.asarray(Image.open(tmp_path / name)) for name in samples(tmp_path)[0]["media"])
+    assert picture.shape == (4, 2048, 3)
+    assert strip.shape == (48, 3 * 64, 3)
+    assert [round(strip[:, 64 * i : 64 * i + 64].mean() / 4) for i in range(3)] == [0, 30, 60]
 
 
 def test_claim_writes_the_config_and_accepts_its_own_run_again(tmp_path: Path) -> None:
@@ -115,7 +129,7 @@ def test_a_damaged_config_is_an_error_of_the_user(tmp_path: Path) -> None:
 # Samples
 
 
-def rollout_of(uid: str = "a", images: tuple[Image.Image, ...] = (), videos: tuple[np.ndarray, ...] = ()) -> Rollout:
+def rollout_of(uid: str = "a", images: tuple[Any, ...] = (), videos: tuple[Any, ...] = ()) -> Rollout:
     example = Example(uid, "<image>How } many?", "2", "exact", images, videos)
     ids = torch.zeros(1, dtype=torch.int64)
     prompt = EncodedPrompt(example, ids, ids.expand(3, -1), 1)

@@ -116,7 +116,8 @@ class RowReader:
         try:
             check_example(example)
         except UserError as error:
-            raise UserError(f"{example.where}: verifier: {error}") from None
+            reason = str(error).removeprefix(f"{example.name}: ").removeprefix("verifier ")
+            raise UserError(f"{example.where}: verifier: {reason}") from None
 
     def _called(self, field: str) -> str:
         column = self.columns.get(field)
