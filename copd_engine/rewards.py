@@ -71,8 +71,8 @@ def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> fl
 
     0 up to ``max_tokens - buffer_tokens``, then in a line down to -1 at ``max_tokens``, and -1 above.
     """
-    over = num_tokens - (max_tokens - buffer_tokens)
-    return -min(max(over, 0) / buffer_tokens, 1.0)
+    left = (max_tokens - buffer_tokens) - num_tokens
+    return max(min(left, 0) / buffer_tokens, -1.0)
 
 
 def _names(terms: Sequence[RewardTerm]) -> tuple[str, ...]:
