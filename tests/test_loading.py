@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -195,46 +197,74 @@ def hub_cache(cache: Path, name: str, folder: Path) -> None:
         (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / f"{index:040x}")
 
 
-def load_offline(cache: Path, path: str) -> str:
-    """What a process without network makes of a hub id: the sum of its embedding, or the error."""
+def load_in_a_process(cache: Path, paths: list[str], **settings: str) -> list[str]:
+    """What a new process makes of each hub id: the sum of its embedding, or the error."""
     code = (
         "import sys\n"
         "from copd_engine.config import ModelConfig\n"
         "from copd_engine.models.loading import load_model\n"
         "from copd_engine.types import UserError\n"
-        "try:\n"
-        "    policy, encoder = load_model(ModelConfig(path=sys.argv[1]))\n"
-        "    print(float(policy.lm_head_weight.sum().detach()), type(encoder).__name__)\n"
-        "except UserError as error:\n"
-        "    print('UserError', error)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try:\n"
+        "        policy, encoder = load_model(ModelConfig(path=path))\n"
+        "        print(float(policy.lm_head_weight.sum().detach()), type(encoder).__name__)\n"
+        "    except UserError as error:\n"
+        "        print(error)\n"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, path]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"} | settings
+    command = [sys.executable, "-c", code, *paths]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
-def test_a_hub_id_is_read_from_the_hubs_own_cache(tmp_path):
-    folder = save(tmp_path / "model", "qwen3_vl")
-    hub_cache(tmp_path / "cache", "tiny-lab/Qwen3-VL.tiny", folder)
+def test_offline_a_hub_id_is_read_from_the_hubs_own_cache(tmp_path):
+    cache = tmp_path / "cache"
+    hub_cache(cache, "tiny-lab/Qwen3-VL.tiny", save(tmp_path / "model", "qwen3_vl"))
+    old = save(tmp_path / "old")
+    (old / "model.safetensors").rename(old / "pytorch_model.bin")
+    hub_cache(cache, "tiny-lab/old", old)
+    found, pickles, none = load_in_a_process(
+        cache, ["tiny-lab/Qwen3-VL.tiny", "tiny-lab/old", "tiny-lab/none"], HF_HUB_OFFLINE="1"
+    )
     expected = float(build("qwen3_vl").lm_head_weight.sum().detach())
-    assert load_offline(tmp_path / "cache", "tiny-lab/Qwen3-VL.tiny") == f"{expected} Qwen3VLPromptEncoder"
-
-
-def test_a_hub_id_that_is_not_in_the_cache(tmp_path):
-    error = load_offline(tmp_path, "tiny-lab/none")
-    assert error == (
-        "UserError model.path = 'tiny-lab/none': no such folder, and HF_HUB_OFFLINE is set and the cache "
-        f"{tmp_path} has no copy: run `hf download tiny-lab/none` where there is a network, or give a local folder"
+    assert found == f"{expected} Qwen3VLPromptEncoder"
+    assert pickles.startswith("model.path = 'tiny-lab/old': the weights are pickles (pytorch_model.bin)")
+    assert none == (
+        "model.path = 'tiny-lab/none': no such folder, and HF_HUB_OFFLINE is set and the cache "
+        f"{cache} has no copy: run `hf download tiny-lab/none` where there is a network, or give a local folder"
     )
 
 
-def test_a_hub_model_of_pickles(tmp_path):
-    folder = save(tmp_path / "model")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    hub_cache(tmp_path / "cache", "tiny-lab/old", folder)
-    assert "the weights are pickles (pytorch_model.bin)" in load_offline(tmp_path / "cache", "tiny-lab/old")
+ANSWERS = {"missing": (404, "RepoNotFound"), "gated": (403, "GatedRepo"), "down": (500, "")}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub does for a model that is missing, or gated, or while it is down."""
+
+    def do_GET(self):
+        code, error = next(answer for name, answer in ANSWERS.items() if name in self.path)
+        self.send_response(code)
+        self.send_header("X-Error-Code", error)
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_what_the_hub_answers(tmp_path):
+    names = [f"tiny-lab/{name}" for name in ANSWERS]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        missing, gated, down = load_in_a_process(tmp_path, names, HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint)
+        server.shutdown()
+    assert "no such folder, and the hub has no model of this name that you may read" in missing
+    assert "no such folder, and this hub model asks for consent: accept its terms on its page" in gated
+    assert "no such folder, and the hub cannot be reached (Server error '500 Internal Server Error'" in down
+    assert "run `hf download tiny-lab/down` where there is a network" in down
 
 
 @pytest.mark.parametrize("path", ["bass", "./base/model", "a/b/c", "/nowhere/model", "two words/model"])

@@ -52,8 +52,9 @@ def _hub_folder(name: str) -> Path:
         raise UserError(
             f"{where} the hub has no model of this name that you may read (a private one needs `hf auth login`)"
         ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({cause})"
         raise UserError(
             f"{where} {reason} and the cache {constants.HF_HUB_CACHE} has no copy: "
             f"run `hf download {name}` where there is a network, or give a local folder"
