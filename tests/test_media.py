@@ -302,15 +302,15 @@ def test_a_damaged_mp4(tmp_path: Path) -> None:
 def test_a_frame_that_is_lost_is_not_replaced_by_the_next(tmp_path: Path) -> None:
     """FFmpeg leaves out frames that it cannot decode. (Damage that decodes to other pixels cannot be found.)"""
     pictures = [np.random.default_rng(i).integers(0, 255, (48, 64, 3), np.uint8) for i in range(60)]
-    good = write_video(tmp_path / "a.mkv", pictures).read_bytes()
+    good = write_video(tmp_path / "a.mp4", pictures).read_bytes()
     errors = []
     for start in np.linspace(0.1, 0.9, 40):
         data = bytearray(good)
         for at in range(int(start * len(data)), int(start * len(data)) + 64):
             data[at] ^= 0x5A
-        (tmp_path / "damaged.mkv").write_bytes(data)
+        (tmp_path / "damaged.mp4").write_bytes(data)
         try:
-            assert len(open_video(tmp_path / "damaged.mkv", 1.0, MediaConfig(video_fps=30), AT).times) == 60
+            assert len(open_video(tmp_path / "damaged.mp4", 1.0, MediaConfig(video_fps=30), AT).times) == 60
         except UserError as error:
             errors.append(str(error))
     assert [error for error in errors if "is damaged: the frame at " in error]
