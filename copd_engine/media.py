@@ -7,13 +7,10 @@ frame is shown, so frames are chosen before the first one is decoded.
 from __future__ import annotations
 
 import io
-import itertools
-import math
 import re
 import struct
 import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +21,7 @@ from PIL import Image, ImageOps
 
 from copd_engine.config import MediaConfig
 from copd_engine.types import UserError
+from copd_engine.video_file import choose_frames, decode_frames, grid_points, read_index
 
 if TYPE_CHECKING:
     from copd_engine.types import ImageInput, VideoInput
@@ -32,10 +30,6 @@ if TYPE_CHECKING:
 FrameResize = Callable[[np.ndarray, int], np.ndarray]
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-#: Frames that are decoded and thrown away rather than jumped over: a jump costs a flush and the way from a key frame.
-MIN_JUMP_FRAMES = 32
-#: A video that ends this much before its header says is cut off (seconds, and share of its length).
-MISSING_SECONDS, MISSING_SHARE = 0.25, 0.02
 _IMAGE_ERRORS = (
     OSError,
     SyntaxError,
@@ -204,133 +198,23 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 # Video files
 
 
-@dataclass(frozen=True)
-class _Index:
-    """When each frame is shown: ``pts`` sorted, in units of ``time_base`` seconds; ``keys`` those of key frames;
-    ``length`` from the first frame to the end of the last, in seconds. Old containers (AVI) do not say when frames of
-    a reordering codec are shown: then ``counted``, and ``pts`` is the frame's number in units of the frame rate."""
-
-    pts: list[int]
-    keys: list[int]
-    time_base: float
-    length: float
-    counted: bool = False
-
-    def seconds(self, pts: int) -> float:
-        return (pts - self.pts[0]) * self.time_base
-
-
 def _open_file(path: Path, media: MediaConfig, where: str, resize: FrameResize | None) -> Video:
     try:
-        index = _index(path, where)
-        grid = _grid([index.seconds(pts) for pts in index.pts], index.length, media.video_fps)
+        index = read_index(path, where)
+        grid = choose_frames([index.seconds(pts) for pts in index.pts], index.length, media.video_fps)
         chosen = _thin(grid, media.video_max_frames)
         wanted = [index.pts[i] for i in chosen]
         frames = [
-            frame if resize is None else resize(frame, len(wanted)) for frame in _decode(path, index, wanted, where)
+            frame if resize is None else resize(frame, len(wanted))
+            for frame in decode_frames(path, index, wanted, where)
         ]
     except av.EOFError:
         raise UserError(f"{where}: {path} holds no frame, or only the beginning of a file") from None
     except av.FFmpegError as error:
         raise UserError(f"{where}: {path} cannot be read as a video: {error.strerror}") from None
     times = [index.seconds(pts) for pts in wanted]
-    on_grid = len(chosen) == len(grid) and len(chosen) == _grid_points(index.length, media.video_fps)
+    on_grid = len(chosen) == len(grid) and len(chosen) == grid_points(index.length, media.video_fps)
     return _video(frames, times, media.video_fps if on_grid else None, None)
-
-
-def _grid_points(length: float, fps: float) -> int:
-    """Points 0, 1/fps, 2/fps ... that lie before ``length``, rounding apart."""
-    return max(1, math.ceil(length * fps - 1e-3))
-
-
-def _grid(times: Sequence[float], length: float, fps: float) -> list[int]:
-    """Indices of the frames nearest to every point of the grid, none twice; first and last where that leaves one."""
-    points = np.arange(_grid_points(length, fps)) / fps
-    after = np.searchsorted(times, points).clip(1, max(1, len(times) - 1))
-    if len(times) == 1:
-        return [0]
-    shown = np.asarray(times)
-    nearest = np.where(points - shown[after - 1] <= shown[after] - points, after - 1, after)
-    chosen = np.unique(nearest).tolist()
-    return chosen if len(chosen) > 1 else [0, len(times) - 1]
-
-
-def _index(path: Path, where: str) -> _Index:
-    """Read the packets, decode nothing. UserError for a file that holds no video, no frame or only its beginning."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise UserError(f"{where}: {path} holds no video")
-        stream = container.streams.video[0]
-        base, rate = float(stream.time_base or 0), float(stream.average_rate or 0)
-        shown, keys, end, num_packets, counted = [], [], 0, 0, container.format.name == "avi"
-        for packet in container.demux(stream):
-            if packet.size == 0:
-                continue
-            num_packets += 1
-            counted = counted or packet.pts is None
-            if packet.is_discard or packet.pts is None:
-                continue
-            shown.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append(packet.pts)
-            end = max(end, packet.pts + (packet.duration or 0))
-        num_promised, promised = stream.frames, _promised_seconds(stream)
-    if counted:
-        shown, keys, base, end = list(range(num_packets)), [], 1 / rate if rate else 0, num_packets
-    if not shown or not base:
-        raise UserError(f"{where}: {path} holds no frame")
-    shown = sorted(set(shown))
-    # The last frame may stay as long as any other without the file saying so: slides, recorded screens.
-    longest = max((b - a for a, b in itertools.pairwise(shown)), default=0) * base
-    if num_packets < num_promised - 1:
-        raise UserError(f"{where}: {path} is cut off: it holds {num_packets} of {num_promised} frames")
-    if promised - end * base > max(MISSING_SECONDS, MISSING_SHARE * promised, longest):
-        raise UserError(f"{where}: {path} is cut off: it holds {end * base:.1f} of {promised:.1f} s")
-    if path.suffix.lower() == ".gif" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
-        raise UserError(f"{where}: {path} is cut off: a GIF ends with ';'")
-    return _Index(shown, sorted(keys), base, (end - shown[0]) * base, counted)
-
-
-def _promised_seconds(stream: Any) -> float:
-    """Length by the header, 0 where it says none. Matroska writes it as a tag ``00:00:01.5``."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    match = re.fullmatch(r"(\d+):(\d+):([0-9.]+)", stream.metadata.get("DURATION", ""))
-    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
-
-
-def _decode(path: Path, index: _Index, wanted: Sequence[int], where: str) -> Iterator[np.ndarray]:
-    """The frames shown at ``wanted`` (sorted). Jumps to a key frame where that skips enough frames."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        frames = enumerate(container.decode(stream))
-        at = index.pts[0] - 1  # everything up to here is decoded
-        for pts in wanted:
-            key = index.keys[bisect_right(index.keys, pts) - 1] if index.keys and index.keys[0] <= pts else None
-            if key is not None and bisect_right(index.pts, key) - bisect_right(index.pts, at) > MIN_JUMP_FRAMES:
-                container.seek(key, stream=stream)
-                frames = enumerate(container.decode(stream))
-            for number, frame in frames:
-                time = number if index.counted else frame.pts
-                if time is None or time < pts:
-                    continue
-                if frame.is_corrupt or time > pts:
-                    raise UserError(
-                        f"{where}: {path} is damaged: the frame at {index.seconds(pts):.2f} s cannot be decoded"
-                    )
-                at = pts
-                yield _upright(frame)
-                break
-            else:
-                raise UserError(f"{where}: {path} is cut off: no frame at {index.seconds(pts):.2f} s")
-
-
-def _upright(frame: Any) -> np.ndarray:
-    """RGB, turned as the display matrix says: telephones film upright videos lying down."""
-    pixels: np.ndarray = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
 def _name(media: Any) -> str:

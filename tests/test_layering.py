@@ -16,6 +16,7 @@ LEVELS = {
     "copd_engine.config": 0,
     "copd_engine.metrics": 0,
     "copd_engine.media": 0.5,
+    "copd_engine.video_file": 0.4,
     "copd_engine.verifiers": 1,
     "copd_engine.rewards": 2,
     "copd_engine.partition": 0,

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from copd_engine import media as media_module
+from copd_engine import video_file
 from copd_engine.config import MediaConfig
 from copd_engine.media import open_image, open_video
 from copd_engine.types import UserError
@@ -180,7 +180,7 @@ def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.Monk
     """Four frames of 3,000, a key frame every 50: less than a tenth of the file goes through the decoder."""
     path = write_video(tmp_path / "a.mp4", 3000, rate=30, gop=50, options={"preset": "ultrafast"})
     decoded = []
-    decode = media_module.av.container.InputContainer.decode
+    decode = video_file.av.container.InputContainer.decode
 
     class Counting:
         def __init__(self, container: Any) -> None:
@@ -200,8 +200,8 @@ def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.Monk
                 decoded.append(frame.pts)
                 yield frame
 
-    opened = media_module.av.open
-    monkeypatch.setattr(media_module.av, "open", lambda *a, **k: Counting(opened(*a, **k)))
+    opened = video_file.av.open
+    monkeypatch.setattr(video_file.av, "open", lambda *a, **k: Counting(opened(*a, **k)))
     video = open_video(path, 1.0, MediaConfig(video_max_frames=4), AT)
     assert video.times == (0.0, 33.0, 66.5, 99.5)
     assert len(decoded) < 300
