@@ -68,7 +68,9 @@ def test_scores_come_in_order_and_workers_stay(pool: WorkerPool) -> None:
     assert pool.failures == Failures()
 
 
-@pytest.mark.parametrize("job", [Job(jobs.spin, ()), Job(jobs.sleep, (60.0,)), Job(jobs.long_power, ())])
+@pytest.mark.parametrize(
+    "job", [Job(jobs.spin, ()), Job(jobs.sleep, (60.0,)), Job(jobs.long_power, ()), Job(jobs.stop_me, ())]
+)
 def test_a_job_out_of_time_costs_its_own_score_only(pool: WorkerPool, job: Job) -> None:
     pool.run(echoes(4))
     begin = time.monotonic()
@@ -274,7 +276,10 @@ def test_a_child_process_has_a_pool_of_its_own(method: str) -> None:
     child = context.Process(target=jobs.verify_in_child, args=(theirs,))
     child.start()
     assert ours.poll(60)
-    assert ours.recv() == [1.0, 0.0]
+    its_pids, scores = ours.recv()
+    assert scores == [1.0, 0.0]
+    assert its_pids
+    assert not set(its_pids) & set(pids)
     child.join(30)
     assert child.exitcode == 0
     assert shared_pool().pids == pids

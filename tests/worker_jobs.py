@@ -12,7 +12,7 @@ import sys
 import time
 
 from copd_engine.types import Example
-from copd_engine.verifiers import verify_all
+from copd_engine.verifiers import shared_pool, verify_all
 
 
 def echo(value: float) -> float:
@@ -72,6 +72,12 @@ def kill_me() -> float:
     return 1.0
 
 
+def stop_me() -> float:
+    """A stopped process has no timers that could end it."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return 1.0
+
+
 def fail() -> float:
     raise ZeroDivisionError("on purpose")
 
@@ -83,6 +89,7 @@ def interrupt_me() -> float:
 
 
 def verify_in_child(connection: object) -> None:
-    """For a forked or spawned process: what its own pool says."""
+    """For a forked or spawned process: the pids of its own workers, and what they say."""
     row = Example(uid="row", prompt="?", answer="x+1", verifier="math")
-    connection.send(verify_all([(r"\boxed{1+x}", row), (r"\boxed{2+x}", row)]))  # type: ignore[attr-defined]
+    scores = verify_all([(r"\boxed{1+x}", row), (r"\boxed{2+x}", row)])
+    connection.send((shared_pool().pids, scores))  # type: ignore[attr-defined]
