@@ -40,6 +40,8 @@ def train(
     else:
         if config is None:
             raise UserError("copd train needs CONFIG, e.g. configs/demo.yaml, or --resume RUN")
+        if "=" in str(config) and not config.exists():
+            raise UserError(f"copd train needs CONFIG before {config}, e.g. copd train configs/demo.yaml {config}")
         settings = load_config(config, overrides)
         run_dir = run_folder.run_dir_of(settings)
     from copd_engine.runs import run_with_baselines

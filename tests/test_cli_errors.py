@@ -76,6 +76,10 @@ def no_config(_: Site) -> tuple[list[str], tuple[str, ...]]:
     return ["train"], ("copd train needs CONFIG", "--resume RUN")
 
 
+def no_config_but_an_override(_: Site) -> tuple[list[str], tuple[str, ...]]:
+    return ["train", "model.path=testbed"], ("needs CONFIG before model.path=testbed", "configs/demo.yaml")
+
+
 def another_config(site: Site) -> tuple[list[str], tuple[str, ...]]:
     return ["train", site.write(seed=5)], ("runs/small holds a run with another config (seed was 0, is 5)",)
 
@@ -241,6 +245,7 @@ BAD: list[Bad] = [
     broken_yaml,
     missing_config,
     no_config,
+    no_config_but_an_override,
     another_config,
     no_run_folder,
     overwrite_no_run_folder,

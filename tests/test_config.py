@@ -108,7 +108,7 @@ def test_an_unknown_key_far_from_all_lists_the_known_ones() -> None:
         ("schedule.topology", [["text"]], "or a list of [student, teacher] pairs"),
         ("rollout.group_size", 1, "greater than or equal to 2"),
         ("rollout.temperature", 0, "greater than 0"),
-        ("rollout.engine", "embeded", "must be one of auto, embedded (did you mean 'embedded'?)"),
+        ("rollout.engine", "embeded", "must be one of auto, embedded, sglang (did you mean 'embedded'?)"),
         ("objective.clip_low", 1, "less than 1"),
         ("objective.std_mode", "pop", "must be one of population, sample, none"),
         ("optim.lr", "fast", "valid number"),
@@ -373,3 +373,57 @@ def test_building_a_config_leaves_its_input_alone() -> None:
     before = copy.deepcopy(data)
     build_config(data)
     assert data == before
+
+
+# Data, rewards, adapters
+
+MIXTURE = {
+    "source": "mixture",
+    "sources": [
+        {"source": "parquet", "path": "a.parquet", "weight": 2.5, "columns": {"answer": "reward_model.ground_truth"}},
+        {"source": "testbed", "domain": "text", "on_error": "skip"},
+        {"source": "jsonl", "path": "b.jsonl", "pass_rate": [0.1, 0.9], "columns": {"pass_rate": "difficulty"}},
+    ],
+}
+REWARD = [
+    {"kind": "verifier", "weight": 0.9, "name": "math"},
+    {"kind": "format", "weight": 0.1, "pattern": "<think>.*</think>.*"},
+    {"kind": "overlong", "buffer_tokens": 16},
+]
+
+
+def test_mixtures_rewards_and_adapters_are_the_same_after_yaml(tmp_path: Path) -> None:
+    data = minimal()
+    data["branches"][0] |= {"data": MIXTURE, "reward": REWARD}
+    data["model"] = {"lora": {"rank": 4, "target_modules": ["q_proj", "v_proj"]}, "dtype": "bfloat16", "liger": False}
+    data["media"] = {"video_fps": 0.5, "image_max_pixels": 1000}
+    config = build_config(data)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    assert load_config(file) == config
+    assert [source.weight for source in config.branches[0].data.sources] == [2.5, 1.0, 1.0]
+    assert config.branches[1].reward[0].kind == "verifier"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "right"),
+    [
+        ("branches.0.data", {"source": "mixture"}, "source 'mixture' needs 'sources'"),
+        ("branches.0.data.sources", MIXTURE["sources"], "source 'mixture' needs 'sources', and only it takes them"),
+        ("branches.0.data", {"source": "parquet"}, "source 'parquet' needs 'path'"),
+        ("branches.0.data.columns", {"promt": "x"}, "columns: unknown field 'promt' (did you mean 'prompt'?)"),
+        ("branches.0.data.pass_rate", [0.9, 0.1], "must be [low, high] with 0 <= low <= high <= 1"),
+        ("branches.0.data.pass_rate", [0, 3], "must be [low, high] with 0 <= low <= high <= 1"),
+        ("branches.0.data.on_error", "skp", "must be one of raise, skip (did you mean 'skip'?)"),
+        ("branches.0.reward", [], "must not be empty"),
+        ("branches.0.reward", [{"kind": "format"}], "kind 'format' needs 'pattern'"),
+        ("branches.0.reward", [{"kind": "format", "pattern": "("}], "pattern '(' is no regular expression"),
+        ("branches.0.reward", [{"kind": "overlong"}], "kind 'overlong' needs 'buffer_tokens'"),
+        ("branches.0.reward", [{"kind": "verifier", "pattern": "x"}], "kind 'verifier' takes no 'pattern'"),
+        ("model.lora", {"rank": 0}, "model.lora.rank = 0"),
+        ("optim.max_length", 16_384, "optim.max_length = 16384: must be above rollout.max_prompt_tokens = 16384"),
+        ("media.video_max_frames", 1, "greater than or equal to 2"),
+    ],
+)
+def test_data_rewards_and_limits_that_do_not_fit(key: str, value: Any, right: str) -> None:
+    assert right in error_of(with_value(key, value))
