@@ -1,0 +1,181 @@
+"""Weights on their way to sglang: checks against the engine's own list, flattened buckets, sums read back.
+
+sglang answers success to names that it does not know, dies of a wrong shape and reports failures in a return value that
+nothing obliges one to read. So names and shapes are asked of the engine before anything is sent, each answer is
+checked, and afterwards every parameter is compared with what was sent.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+
+from copd_engine.types import suggest
+
+#: Buckets are cut at tensors, whose first byte stands at a multiple of this.
+ALIGNMENT = 64
+#: sglang rounds vocabularies up to a multiple of this.
+VOCABULARY_PADDING = 64
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def word_sum(tensor: torch.Tensor) -> int:
+    """Sum modulo 2^64 of a tensor's elements taken as integers of the same bits.
+
+    It is the same for a tensor and for the sum of its parts, so fused and separate weights can be compared, and zeros
+    of padding add nothing.
+    """
+    words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+    return int(words.sum(dtype=torch.int64)) % (1 << 64)
+
+
+@dataclass(frozen=True)
+class WeightList:
+    """The engine's own list: which of its parameters each Hugging Face name goes to, and in which dtype."""
+
+    parameters_of: Mapping[str, tuple[str, ...]]
+    dtype_of: Mapping[str, torch.dtype]
+    shape_of: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def from_answers(
+        cls, answers: Sequence[Mapping[str, Any]], named_tensors: Mapping[str, torch.Tensor]
+    ) -> WeightList:
+        """From the ranks' answers about ``named_tensors``; ValueError for a name or shape that the engine refuses."""
+        answer = answers[0]
+        found: Mapping[str, Mapping[str, Any]] = answer["tensors"]
+        known = {name for name, entry in found.items() if entry.get("parameters")} | set(answer["parameters"])
+        for name, entry in found.items():
+            shape = list(named_tensors[name].shape)
+            if "error" in entry:
+                raise ValueError(f"sglang does not take {name!r} of shape {shape}: {entry['error']}")
+            if not entry["parameters"]:
+                raise ValueError(f"sglang's model has no weight {name!r}{suggest(name, known)}")
+        if len(answers) == 1:
+            _check_sizes(answer, named_tensors)
+        return cls(
+            {name: tuple(entry["parameters"]) for name, entry in found.items()},
+            {name: getattr(torch, entry["dtype"]) for name, entry in found.items()},
+            {name: tuple(tensor.shape) for name, tensor in named_tensors.items()},
+        )
+
+    def check(self, expert: str, named_tensors: Mapping[str, torch.Tensor]) -> None:
+        """ValueError unless these are the list's names, all of them, in its shapes and in dtypes that can be cast.
+
+        All experts must bring the same names: a weight that one of them lacks would stay another's.
+        """
+        where = f"weights of {expert!r}"
+        for name in named_tensors:
+            if name not in self.shape_of:
+                raise ValueError(f"{where}: unknown name {name!r}{suggest(name, self.shape_of)}")
+        for name, shape in self.shape_of.items():
+            if name not in named_tensors:
+                raise ValueError(f"{where}: {name!r} is missing")
+            tensor, dtype = named_tensors[name], self.dtype_of[name]
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{where}: {name!r} has the shape {list(tensor.shape)}, the engine's {list(shape)}")
+            if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
+                raise ValueError(f"{where}: {name!r} is {dtype_name(tensor.dtype)}, the engine's {dtype_name(dtype)}")
+
+    def expected_sums(self, sums: Mapping[str, int]) -> dict[str, int]:
+        """The sum of each engine parameter from the sums of the tensors that were sent."""
+        expected: dict[str, int] = {}
+        for name, value in sums.items():
+            for parameter in self.parameters_of[name]:
+                expected[parameter] = (expected.get(parameter, 0) + value) % (1 << 64)
+        return expected
+
+
+def _check_sizes(answer: Mapping[str, Any], named_tensors: Mapping[str, torch.Tensor]) -> None:
+    """That each parameter is filled exactly; on a CPU sglang pads what is too small, and only complains of the rest."""
+    filled: dict[str, list[str]] = {}
+    for name, entry in answer["tensors"].items():
+        for parameter in entry["parameters"]:
+            filled.setdefault(parameter, []).append(name)
+    for parameter, names in filled.items():
+        shape = answer["parameters"][parameter]
+        missing = torch.Size(shape).numel() - sum(named_tensors[name].numel() for name in names)
+        row = torch.Size(shape[1:]).numel()
+        # Only a vocabulary may be smaller: sglang rounds it up.
+        if missing and not (len(names) == 1 and 0 < missing < VOCABULARY_PADDING * row and missing % row == 0):
+            given = ", ".join(f"{name!r} {list(named_tensors[name].shape)}" for name in names)
+            raise ValueError(f"sglang's {parameter!r} has the shape {shape}, which {given} would not fill")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some tensors in one flat uint8 buffer; ``entries``: (name, shape, dtype, first byte, last byte + 1) of each."""
+
+    flat: torch.Tensor
+    entries: tuple[tuple[str, tuple[int, ...], str, int, int], ...]
+    sums: Mapping[str, int]
+
+
+def buckets(named_tensors: Mapping[str, torch.Tensor], weights: WeightList, max_bytes: int) -> Iterator[Bucket]:
+    """The tensors in the engine's dtypes, in order, in buckets of at most ``max_bytes``, or of one larger tensor.
+
+    Every bucket is memory of its own: the receiver's copy may still be running when the next one is filled. On a CPU it
+    is shared memory.
+    """
+    names: list[str] = []
+    size = 0
+    for name in named_tensors:
+        num_bytes = _padded_bytes(name, weights)
+        if names and size + num_bytes > max_bytes:
+            yield _fill(names, size, named_tensors, weights)
+            names, size = [], 0
+        names.append(name)
+        size += num_bytes
+    if names:
+        yield _fill(names, size, named_tensors, weights)
+
+
+def _padded_bytes(name: str, weights: WeightList) -> int:
+    num_bytes = torch.Size(weights.shape_of[name]).numel() * weights.dtype_of[name].itemsize
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+@torch.no_grad()
+def _fill(names: list[str], size: int, tensors: Mapping[str, torch.Tensor], weights: WeightList) -> Bucket:
+    flat = torch.empty(size, dtype=torch.uint8, device=tensors[names[0]].device)
+    if flat.device.type == "cpu":
+        flat.share_memory_()
+    entries = []
+    sums = {}
+    start = 0
+    for name in names:
+        tensor = tensors[name]
+        dtype, shape = weights.dtype_of[name], weights.shape_of[name]
+        end = start + tensor.numel() * dtype.itemsize
+        view = flat[start:end].view(dtype).view(shape)
+        view.copy_(tensor)
+        entries.append((name, shape, dtype_name(dtype), start, end))
+        sums[name] = word_sum(tensor.to(dtype))
+        start += _padded_bytes(name, weights)
+    return Bucket(flat, tuple(entries), sums)
+
+
+def as_payload(named: Mapping[str, torch.Tensor], num_ranks: int) -> list[bytes]:
+    """One serialised handle per tensor-parallel rank: CUDA IPC, or shared memory on a CPU. Each rank opens its own."""
+    return [_pickled(list(named.items())) for _ in range(num_ranks)]
+
+
+def as_tensor(request: Mapping[str, Any]) -> torch.Tensor:
+    """A request to the loader in the scheduler, JSON as uint8."""
+    return torch.frombuffer(bytearray(json.dumps(request).encode()), dtype=torch.uint8)
+
+
+def _pickled(value: object) -> bytes:
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(value)
+    return buffer.getvalue()
