@@ -225,7 +225,7 @@ def test_hostile_answers_are_wrong_within_five_seconds(name: str) -> None:
 @pytest.fixture
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Limits]:
     """Of the shared pool, so that a test of many timeouts does not take a minute."""
-    limits = Limits(cpu_s=0.25, wall_s=1.0)
+    limits = Limits(cpu_s=0.4, wall_s=1.5)
     monkeypatch.setattr(shared_pool(), "limits", limits)
     shared_pool().close()
     yield limits

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copd_engine.types import Example, UserError
-from copd_engine.verifiers import VERIFIERS, extract_answer, get_verifier
+from copd_engine.verifiers import VERIFIERS, check_example, extract_answer, get_verifier, verify_all
 
 
 def example(answer: str, **metadata: object) -> Example:
@@ -208,6 +208,7 @@ def test_own_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def half(response, example):\n    return 0.5\n"
         "def percent(response, example):\n    return 50\n"
         "def nothing(response, example):\n    return None\n"
+        "def broken(response, example):\n    return response[99]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert get_verifier("my_scores:half")("x", example("y")) == 0.5
@@ -215,3 +216,9 @@ def test_own_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         get_verifier("my_scores:percent")("x", example("y"))
     with pytest.raises(UserError, match=r"returned None"):
         get_verifier("my_scores:nothing")("x", example("y"))
+    message = r"'my_scores:broken' failed for prompt 'row-1': IndexError: .* \(.*my_scores\.py:8\)"
+    with pytest.raises(UserError, match=message):
+        get_verifier("my_scores:broken")("x", example("y"))
+    check_example(example("y"), "my_scores:half")
+    assert verify_all([("y", example("y")), ("x", example("y"))]) == [1.0, 0.0]
+    assert verify_all([("y", example("y")), ("x", example("y"))], "my_scores:half") == [0.5, 0.5]

@@ -45,6 +45,8 @@ ACCEPTED = [
     (r"\boxed{\frac12}", "0.5"),
     (r"\boxed{\dfrac{2}{4}}", r"\frac{1}{2}"),
     (r"\boxed{1/2}", r"\frac{1}{2}"),
+    (r"\boxed{\frac{4}{2}\,}", r"\frac{4}{2}"),
+    (r"\boxed{2}", r"\frac{4}{2}"),
     (r"\boxed{1\frac{1}{2}}", "1.5"),
     (r"\boxed{1 1/2}", "3/2"),
     (r"\boxed{0.333333333}", r"\frac{1}{3}"),
