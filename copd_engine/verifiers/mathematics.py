@@ -30,6 +30,9 @@ _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d+)(?!\w)")
 _UNMARKED_UNIT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}")
 
+#: A number in a typeface of its own, and one in brackets.
+_TYPEFACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boldsymbol|bm)\s*\{\s*([-+\d.,/\s]*\d[-+\d.,/\s]*)\}")
+_BRACKETED = re.compile(r"^\(([^(),]*)\)$")
 _THIN_SPACING = re.compile(r"(?<!\\)\\[,;:!]")
 _SPACING = re.compile(r"(?<!\\)\\(?: |quad\b|qquad\b)|~")
 _DECIMAL = r"(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
@@ -104,7 +107,7 @@ def _warm_up() -> None:
 
 def is_plain_number(text: str) -> bool:
     """Integer, decimal, fraction of integers, mixed number, percentage, angle or ``a x 10^n``: nothing to work out."""
-    return _PLAIN_NUMBER.fullmatch(text.strip()) is not None
+    return _PLAIN_NUMBER.fullmatch(_BRACKETED.sub(r"\1", text.strip())) is not None
 
 
 def _matches(answer: Answer, gold_text: str) -> bool:
@@ -128,6 +131,7 @@ def _readings(answer: Answer) -> list[str]:
     if text.count("$") == 1:  # a currency, no delimiter
         text = text.replace("$", "")
     text = _EXPONENT.sub(r"\1 \\times 10^{\2}", _MIXED.sub(r"\1\\frac{\2}{\3}", text))
+    text = _TYPEFACE.sub(r"\1", text)
     delimited = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
     words = _WORD.search(_COMMAND.sub(" ", text)) is not None
     if answer.source == "whole":
