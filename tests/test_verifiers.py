@@ -157,7 +157,7 @@ def test_reasoning_gym_without_its_entry() -> None:
         get_verifier("reasoning_gym")("7", example("7"))
 
 
-@given(response=st.text(), answer=st.text(min_size=1))
+@given(response=st.text(), answer=st.text(min_size=1).filter(str.strip))
 def test_string_verifiers_never_raise_and_stay_in_range(response: str, answer: str) -> None:
     for name in ("answer_after_hash", "exact"):
         assert get_verifier(name)(response, example(answer)) in (0.0, 1.0)
