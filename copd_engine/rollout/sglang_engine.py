@@ -105,6 +105,7 @@ class SglangEngine(RolloutEngine):
                 continue
             begin = time.perf_counter()
             if self._lora is None:
+                self._sender.check(self._host, expert, weights.named_tensors)
                 self._labels.clear()  # undefined until all is sent
                 num_bytes = self._sender.send(self._host, expert, weights.named_tensors, label)
             else:

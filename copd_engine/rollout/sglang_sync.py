@@ -42,7 +42,7 @@ class WeightSender:
 
         RuntimeError when the engine refuses, or holds something else than was sent; its weights are then undefined.
         """
-        weights = self.check(host, expert, named_tensors)
+        weights = self.check(host, expert, named_tensors)  # before anything is sent
         num_bytes = 0
         sums: dict[str, int] = {}
         host.call("begin_weight_update")
