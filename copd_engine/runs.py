@@ -16,7 +16,8 @@ from typing import Any
 
 from copd_engine import report, run_folder
 from copd_engine.config import RunConfig
-from copd_engine.trainer import Trainer, resolve
+from copd_engine.resolve import resolve
+from copd_engine.trainer import Trainer
 from copd_engine.types import UserError
 
 

@@ -5,7 +5,6 @@ What a step does to the branches stands in ``step.py``; here it is planned, meas
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,16 +19,14 @@ from copd_engine import checkpoint, run_folder
 from copd_engine.algorithms import MIXED, Schedule, StepPlan
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
-from copd_engine.data import load_examples, make_stream
 from copd_engine.diagnostics import compare_branches
 from copd_engine.evaluate import Accuracy, evaluate
+from copd_engine.inputs import held_out_prompts, load_train_examples, prompt_sources
 from copd_engine.merge import merge
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
-from copd_engine.models.base import Policy, PromptEncoder
-from copd_engine.models.flash import resolve_attention
-from copd_engine.models.liger import resolve_liger
+from copd_engine.models.base import Policy
 from copd_engine.models.loading import load_model
-from copd_engine.prompts import HeldOutPrompts, PromptSource
+from copd_engine.resolve import resolve
 from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
@@ -47,26 +44,6 @@ MERGED_LABELS = {
 }
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """The config with every ``auto`` settled for this machine, as it is saved with the run.
-
-    UserError for a device that this machine does not have.
-    """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
-    attention = resolve_attention(config.model.attention, torch.device(device), getattr(torch, config.model.dtype))
-    liger = resolve_liger(config.model.liger, torch.device(device))
-    model = config.model.model_copy(update={"attention": attention, "liger": liger})
-    rollout = config.rollout.model_copy(update={"engine": "embedded"})
-    threads = config.num_threads or len(os.sched_getaffinity(0))
-    return config.model_copy(update={"device": device, "model": model, "rollout": rollout, "num_threads": threads})
-
-
 class Trainer:
     """One run of one method. Builds everything from the config; :meth:`run` trains to the end or from a checkpoint."""
 
@@ -78,10 +55,7 @@ class Trainer:
         self._bar_position = bar_position
         torch.set_num_threads(config.num_threads)
         self.schedule = Schedule(config)
-        examples = {
-            branch.name: load_examples(branch.data, "train", f"branches.{index}.data")
-            for index, branch in enumerate(config.branches)
-        }
+        examples = load_train_examples(config)
         self.base, self.encoder = load_model(config.model, config.media, config.device)
         vocab_size = len(self.base.lm_head_weight)
         if config.diagnostics.top_k > vocab_size:
@@ -102,17 +76,7 @@ class Trainer:
             for name in self.schedule.students
         }
         self.engine = EmbeddedEngine({name: branch.policy for name, branch in self.branches.items()}, self.encoder)
-        streams = {
-            (student, branch.name): PromptSource(
-                make_stream(
-                    branch.data, examples[branch.name], derive_seed(config.seed, "stream", student, branch.name)
-                ),
-                self.encoder,
-                config.rollout.max_prompt_tokens,
-            )
-            for student in self.schedule.students
-            for branch in config.branches
-        }
+        streams = prompt_sources(config, self.schedule.students, examples, self.encoder)
         self.steps = StepRunner(config, self.branches, self.engine, streams)
         self._held_out = {
             branch.name: held_out_prompts(config, number, self.encoder, config.eval.final_num_prompts)
@@ -375,13 +339,6 @@ def _accuracy_line(method: str, record: dict[str, Any]) -> str:
         for branch, row in record["evaluate"].items()
     ]
     return f"{method} step {record['step']} held-out accuracy  " + "  |  ".join(rows)
-
-
-def held_out_prompts(config: RunConfig, number: int, encoder: PromptEncoder, count: int) -> HeldOutPrompts:
-    """The first ``count`` prompts of branch ``number``'s eval split."""
-    data = config.branches[number].data
-    examples = load_examples(data, "eval", f"branches.{number}.data")
-    return HeldOutPrompts(examples, data, encoder, config.rollout.max_prompt_tokens, count)
 
 
 def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:

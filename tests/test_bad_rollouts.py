@@ -134,3 +134,10 @@ def test_the_reward_is_the_sum_of_its_terms_and_accuracy_the_verifier_alone(mate
     result = json.loads((run_dir / "result.json").read_text())
     for line in result["rows"]:
         assert line["accuracy"]["text"] in (0, 0.25, 0.5, 0.75, 1)  # of four prompts, unshaped
+
+
+def test_a_reward_term_whose_verifier_cannot_read_the_golds(material, tmp_path):
+    config = small_config(*material, tmp_path)
+    config["branches"] = [config["branches"][0] | {"reward": [{"kind": "verifier", "name": "iou_box"}]}]
+    with pytest.raises(UserError, match=r"branches\.0\.reward\.0\.name = 'iou_box': .*text"):
+        Trainer(build_config(config | {"method": "expert"}), tmp_path / "run")

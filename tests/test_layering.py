@@ -42,6 +42,8 @@ LEVELS = {
     "copd_engine.evaluate": 3.2,
     "copd_engine.result": 3.5,
     "copd_engine.step": 3.5,
+    "copd_engine.resolve": 3.5,
+    "copd_engine.inputs": 3.6,
     "copd_engine.trainer": 4,
     "copd_engine.distributed": 4,
     "copd_engine.testbed.build": 4,

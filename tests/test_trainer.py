@@ -23,8 +23,9 @@ from copd_engine.data import load_examples
 from copd_engine.metrics import read_metrics
 from copd_engine.models.loading import load_model
 from copd_engine.packing import pack
+from copd_engine.resolve import resolve
 from copd_engine.testbed.tasks import DOMAINS
-from copd_engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer, resolve
+from copd_engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 from copd_engine.types import Rollout, UserError
 from tests.plain import plain_inputs
 from tests.small_run import contents, numbers, small_config, train, write_base, write_data
