@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo demo-llm test test-all check format bench bench-kernels bench-gpu clean
+.PHONY: demo demo-llm test test-all check format bench bench-kernels bench-packing bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/copd train configs/demo.yaml
@@ -37,6 +37,9 @@ bench: $(VENV)/.installed-dev
 bench-kernels: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.bench_kernels --repeats 3 --memory-vocab 151936 --memory-peers yardstick copd naive --large \
 		--by "make bench-kernels" --markdown benchmarks/RESULTS.md $(BENCH_ARGS)
+
+bench-packing: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.bench_packing --markdown benchmarks/RESULTS-packing.md $(BENCH_ARGS)
 
 bench-gpu: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.bench_kernels --device cuda --shape 16384 2560 151936 --dtypes bf16 --repeats 20 --step \

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from copd_engine.partition import Partition, RoomTree, first_fit_decreasing, karmarkar_karp, longest_first
+from copd_engine.partition import Partition, RoomTree, first_fit_decreasing, longest_first
 from copd_engine.types import EncodedPrompt
 
 #: Rows of least cost that are tried for room before the first one with room is taken.
 TRIES = 4
-#: From here on LPT is as even as differencing, and ten times as fast (``benchmarks/bench_packing.py``).
-MANY_UNITS = 4096
 
 
 @dataclass(frozen=True)
@@ -124,27 +122,29 @@ def plan_micro_batches(
     max_tokens: int,
     cost: CostModel = DEFAULT_COST,
     num_ranks: int = 1,
-    partition: Partition | None = None,
+    partition: Partition = longest_first,
 ) -> list[list[MicroBatch]]:
     """Rows of at most ``max_tokens`` for each rank, the costliest first; every sample once.
 
     A sample above the budget has a row of its own. Every rank has the same number of micro-batches, because each of
     them is a round of collectives for all; a rank with fewer units than that has empty ones at its end, for which it
-    must run a forward that adds nothing to the gradient. ``partition`` parts units over ranks: differencing for up to
-    ``MANY_UNITS`` of them, LPT beyond, unless given.
+    must run a forward that adds nothing to the gradient. ``partition`` parts units over ranks: differencing makes their
+    sums more even than LPT and takes longer, but the rounds, each of which waits for its slowest rank, gain nothing
+    (``benchmarks/RESULTS-packing.md``).
     """
     if max_tokens < 1 or num_ranks < 1:
         raise ValueError(f"max_tokens and num_ranks must be at least 1, got {max_tokens} and {num_ranks}")
     units = _units(workload, max_tokens, cost)
-    if partition is None:
-        partition = karmarkar_karp if len(units) <= MANY_UNITS else longest_first
     shares = partition([unit.flops for unit in units], num_ranks) if num_ranks > 1 else [list(range(len(units)))]
     parts = [[units[i] for i in share] for share in shares]
     rows = [_by_tokens(part, max_tokens) for part in parts]
     num_rows = max(map(len, rows))
+    balanced = [_by_cost(part, num_rows, max_tokens) for part in parts]
+    # All ranks in the same way: rounds of one rank's even rows beside another's uneven ones would wait for both.
+    if all(part is not None for part in balanced):
+        rows = [part for part in balanced if part is not None]
     plan = []
-    for part, by_tokens in zip(parts, rows, strict=True):
-        chosen = _by_cost(part, num_rows, max_tokens) or by_tokens
+    for chosen in rows:
         batches = [
             MicroBatch(
                 tuple(sorted(i for unit in row for i in unit.indexes)),
@@ -229,7 +229,7 @@ def _by_cost(units: Sequence[MicroBatch], num_rows: int, max_tokens: int) -> lis
     flops = [0] * num_open
     tree = RoomTree(num_open, max_tokens)
     heap = [(0, row) for row in range(num_open)]
-    for unit in sorted(units, key=lambda unit: (-unit.flops, -unit.num_tokens)):
+    for unit in sorted(units, key=lambda unit: (-unit.num_tokens, -unit.flops)):
         if unit.num_tokens > max_tokens:
             continue
         found: int | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from copd_engine.models import attention, packed_layout
 from copd_engine.models.attention import sdpa_packed, varlen_attention, varlen_packed
-from copd_engine.models.flash import resolve_attention
+from copd_engine.models.flash import check_version, resolve_attention
 from copd_engine.models.packed_layout import BLOCK, PackedLayout
 from copd_engine.types import UserError
 from tests import model_inputs
@@ -176,6 +177,42 @@ def test_few_calls_for_small_sequences_and_little_padding_for_long_ones():
     assert long.sdpa.num_pairs / long.num_pairs < 1.07
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_without_blocks_as_on_cuda(case, monkeypatch):
+    """Torch makes the mask itself then, aligned with the last key; on CUDA in its kernels, here as a tensor."""
+    monkeypatch.setattr(packed_layout, "NO_MASK_DEVICES", ("cpu",))
+    layout = layout_of(*CASES[case])
+    assert layout.sdpa.block is None
+    assert layout.sdpa.mask.numel() == 0
+    inputs = qkv(layout.num_tokens)
+    found = outputs_and_gradients(packed(layout), inputs)
+    truth = outputs_and_gradients(lambda *x: naive(*x, layout), [x.double() for x in inputs])
+    for f, t in zip(found, truth, strict=True):
+        torch.testing.assert_close(f.double(), t, atol=5e-6, rtol=5e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_sdpa_on_the_gpu_equals_each_sample_alone(case, dtype):
+    layout = layout_of(*CASES[case])
+    inputs = [x.to(dtype) for x in wide_qkv(layout.num_tokens)]
+    truth = outputs_and_gradients(lambda *x: naive(*x, layout), [x.double() for x in inputs])
+    plain = errors(outputs_and_gradients(packed(layout), inputs), truth)
+    ours = errors(on_the_gpu(lambda q, k, v, plan: sdpa_packed(q, k, v, plan.sdpa), layout, inputs), truth)
+    floor = 1e-3 if dtype == torch.bfloat16 else 1e-5
+    assert all(own < 2 * other + floor for own, other in zip(ours, plain, strict=True)), (ours, plain)
+
+
+def on_the_gpu(attend: Callable[..., torch.Tensor], layout: PackedLayout, inputs: list[torch.Tensor]):
+    """Output and gradients of ``attend(q, k, v, layout)`` on the GPU, for the cotangent of the other tests."""
+    device = torch.device("cuda")
+    leaves = [x.to(device).requires_grad_() for x in inputs]
+    out = attend(*leaves, replace(layout, device=device))
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    return [x.detach().cpu() for x in (out, *torch.autograd.grad((out * direction).sum(), leaves))]
+
+
 # Long rows
 
 
@@ -299,27 +336,17 @@ def test_the_varlen_call_hands_on_the_scale_and_takes_the_lse_of_flash_attn_3():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_flash_attn_on_the_gpu_equals_each_sample_alone(case):
-    device = torch.device("cuda")
-    if resolve_attention("auto", device) != "flash":
+    if resolve_attention("auto", torch.device("cuda")) != "flash":
         pytest.skip("flash-attn is not installed")
-    groups, padding = CASES[case]
-    layout = layout_of(groups, padding)
+    layout = layout_of(*CASES[case])
     inputs = [x.to(torch.bfloat16) for x in wide_qkv(layout.num_tokens)]
-    on_gpu = PackedLayout(
-        layout.num_tokens, layout.prompt_lengths_P, layout.response_lengths_B, layout.prompt_of_B, device
-    )
 
-    def flash(q, k, v):
-        return attention.flash_attention(torch.nn.Module(), q, k, v, None, layout=on_gpu)[0]
+    def flash(q, k, v, layout):
+        return attention.flash_attention(torch.nn.Module(), q, k, v, None, layout=layout)[0]
 
     truth = outputs_and_gradients(lambda *x: naive(*x, layout), [x.double() for x in inputs])
     plain = errors(outputs_and_gradients(packed(layout), inputs), truth)
-    leaves = [x.to(device) for x in inputs]
-    direction = torch.randn(truth[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    leaves = [x.requires_grad_() for x in leaves]
-    out = flash(*leaves)
-    gradients = torch.autograd.grad((out * direction.to(out)).sum(), leaves)
-    ours = errors([x.detach().cpu() for x in (out, *gradients)], truth)
+    ours = errors(on_the_gpu(flash, layout, inputs), truth)
     assert all(own < 2 * other + 1e-3 for own, other in zip(ours, plain, strict=True)), (ours, plain)
 
 
@@ -366,6 +393,13 @@ def test_auto_is_sdpa_without_a_gpu_and_flash_says_what_is_missing(monkeypatch):
     assert resolve_attention("auto", torch.device("cuda"), torch.float32) == "sdpa"
     with pytest.raises(UserError, match=r"computes in bfloat16, the model in float32: set model\.dtype=bfloat16"):
         resolve_attention("flash", torch.device("cuda"), torch.float32)
+
+
+def test_flash_attn_2_must_align_causal_masks_with_the_last_key():
+    for version in ("2.1.0", "2.8.3", "2.10.0.post1", "3.0.0b1"):
+        check_version(version)
+    with pytest.raises(UserError, match=r"flash-attn 2\.0\.9 is too old: install 2\.1 or later"):
+        check_version("2.0.9")
 
 
 def test_transformers_still_refuses_flex_attention_for_qwen3_vl(model):

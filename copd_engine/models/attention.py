@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -141,6 +142,8 @@ def sdpa_packed(
     query_THd, key_TKd, value_TKd = rows = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
     num_rows = len(plan.output_index)
     num_groups = query.shape[1] // key.shape[1]
+    # On CUDA torch's one kernel that takes fp32 and fewer key heads makes a dense matrix of scores.
+    needs_equal_heads = num_groups > 1 and query.is_cuda and query.dtype == torch.float32
     outputs: list[torch.Tensor] = []
     index = plan.whole_index
     taken = [x[:num_rows] if index is None else x.index_select(0, index) for x in rows]
@@ -148,7 +151,9 @@ def sdpa_packed(
     for num, length in plan.whole:
         # Torch aligns a causal mask with the first key, so a padded row sees its own past alone.
         q, k, v = (_batch(x, at, num, length) for x in taken)
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=num_groups > 1)
+        if needs_equal_heads:
+            k, v = (x.repeat_interleave(num_groups, dim=1) for x in (k, v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] < q.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         at += num * length
     if plan.continuations:
@@ -160,9 +165,13 @@ def sdpa_packed(
             k, v = (_batch(x, key_at, num, prompt + length) for x in (key_NKd, value_NKd))
             if num_groups > 1:  # once: with enable_gqa every block would keep a copy for backward
                 k, v = (x.repeat_interleave(num_groups, dim=1) for x in (k, v))
-            for start, end in blocks(length):
+            for start, end in blocks(length, plan.block):
                 num_keys = prompt + end
-                mask = plan.mask_for(end - start, num_keys, query.dtype)
+                mask = (
+                    causal_lower_right(length, num_keys)
+                    if plan.block is None
+                    else plan.mask_for(end - start, num_keys, query.dtype)
+                )
                 out = scaled_dot_product_attention(
                     q[:, :, start:end], k[:, :, :num_keys], v[:, :, :num_keys], attn_mask=mask, scale=scaling
                 )

@@ -54,9 +54,18 @@ def flash_module(device: torch.device) -> str | None:
 
 @cache
 def varlen_kernel(device: torch.device) -> Callable[..., Any]:
-    """``flash_attn_varlen_func`` of :func:`flash_module`. UserError where none is installed."""
+    """``flash_attn_varlen_func`` of :func:`flash_module`. UserError where none is installed, or one too old."""
     name = flash_module(device)
     if name is None:
         raise UserError("flash-attn is not installed: pip install 'copd-engine[gpu]', or set model.attention=sdpa")
-    kernel: Callable[..., Any] = import_module(name).flash_attn_varlen_func
+    module = import_module(name)
+    if name == "flash_attn":
+        check_version(module.__version__)
+    kernel: Callable[..., Any] = module.flash_attn_varlen_func
     return kernel
+
+
+def check_version(version: str) -> None:
+    """UserError for a flash-attn 2 before 2.1, which aligns causal masks with a segment's first key: wrong numbers."""
+    if tuple(map(int, version.split(".")[:2])) < (2, 1):
+        raise UserError(f"flash-attn {version} is too old: install 2.1 or later, or set model.attention=sdpa")

@@ -10,9 +10,10 @@ A prompt sees itself; a response sees its prompt and itself; both causally. Two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 
@@ -21,6 +22,8 @@ from copd_engine.types import PackedBatch
 #: Queries per masked call. 128 and 256 were equally fast on a CPU, 512 slower, a whole response of 3,000 1.6 times as
 #: slow (fp32, 8 heads of 64; half of what it computes is masked).
 BLOCK = 256
+#: Where torch's kernels mask the corner of a rectangle themselves (``torch.nn.attention.bias.causal_lower_right``).
+NO_MASK_DEVICES = ("cuda",)
 #: Score pairs (query, key) that cost as much as one more call: small sequences are padded rather than called alone.
 CALL_PAIRS = 4096
 #: Beyond that, the share of a bucket's pairs that may be padding.
@@ -71,12 +74,15 @@ class PackedLayout:
     def varlen(self) -> VarlenPlan:
         return _plan_varlen(self)
 
-    def _starts(self) -> tuple[list[int], list[int]]:
-        """First row of each prompt and of each response."""
-        starts = [0]
-        for length in (*self.prompt_lengths_P, *self.response_lengths_B):
-            starts.append(starts[-1] + length)
-        return starts[: len(self.prompt_lengths_P)], starts[len(self.prompt_lengths_P) : -1]
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate((*self.prompt_lengths_P, *self.response_lengths_B))]
+
+    def prompt_rows(self, p: int) -> torch.Tensor:
+        return torch.arange(self._starts[p], self._starts[p + 1])
+
+    def response_rows(self, b: int) -> torch.Tensor:
+        return self.prompt_rows(len(self.prompt_lengths_P) + b)
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,11 @@ class SdpaPlan:
     ``whole``: (sequences, rows) of each causal call; ``whole_index`` int64 their rows, one call after the other, padded
     on the right, or None for the row as it stands. ``continuations``: (sequences, prompt rows, response rows) of the
     others; ``query_index`` their responses, padded on the right, ``key_index`` prompt and response.
-    ``mask`` bool ``[block, widest]`` serves all their calls: its last ``q`` rows and last ``c`` columns let ``q``
-    queries see ``c`` keys of which the last ``q`` are their own. ``output_index`` int64: where each packed row stands
-    in the outputs of all calls behind one another.
+
+    ``block``: queries per call of a continuation, None for all at once where torch needs no mask (CUDA). ``mask`` bool
+    ``[block, widest]`` serves all blocks: its last ``q`` rows and last ``c`` columns let ``q`` queries see ``c`` keys,
+    of which the last ``q`` are their own. ``output_index`` int64: where each packed row stands in the outputs of all
+    calls behind one another.
     """
 
     whole: tuple[tuple[int, int], ...]
@@ -96,6 +104,7 @@ class SdpaPlan:
     continuations: tuple[tuple[int, int, int], ...]
     query_index: torch.Tensor
     key_index: torch.Tensor
+    block: int | None
     mask: torch.Tensor
     output_index: torch.Tensor
     _masks: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -110,16 +119,19 @@ class SdpaPlan:
     @property
     def num_pairs(self) -> int:
         """(query, key) pairs that the calls compute; a causal call counts as half of its square."""
-        return sum(num * _triangle(length) for num, length in self.whole) + sum(
-            num * (end - start) * (prompt + end)
-            for num, prompt, length in self.continuations
-            for start, end in blocks(length)
-        )
+        total = sum(num * _triangle(length) for num, length in self.whole)
+        for num, prompt, length in self.continuations:
+            if self.block is None:
+                total += num * _continuation(prompt, length)
+            else:
+                total += num * sum((end - start) * (prompt + end) for start, end in blocks(length, self.block))
+        return total
 
 
-def blocks(length: int) -> list[tuple[int, int]]:
+def blocks(length: int, block: int | None) -> list[tuple[int, int]]:
     """First and last + 1 query of each block."""
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    step = block or length
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _triangle(length: int) -> int:
@@ -132,97 +144,107 @@ def _continuation(prompt: int, length: int) -> int:
 
 def _plan_sdpa(layout: PackedLayout) -> SdpaPlan:
     lengths_P, lengths_B = layout.prompt_lengths_P, layout.response_lengths_B
-    prompt_starts, response_starts = layout._starts()
     longest: dict[int, int] = {}  # prompt -> its longest response
     for b, prompt in enumerate(layout.prompt_of_B):
         if lengths_B[b] > 0 and (prompt not in longest or lengths_B[b] > lengths_B[longest[prompt]]):
             longest[prompt] = b
-    # A sequence is a prompt and the response that continues it, or -1.
-    sequences = [(p, longest.get(p, -1)) for p in range(len(lengths_P))]
-    others: dict[int, list[tuple[int, int]]] = {}  # prompt length -> sequences: one mask serves them
+    # One mask serves all responses to prompts of one length.
+    others: dict[int, list[int]] = {}
     for b, prompt in enumerate(layout.prompt_of_B):
         if lengths_B[b] > 0 and longest[prompt] != b:
-            others.setdefault(lengths_P[prompt], []).append((prompt, b))
-
-    def response_rows(b: int) -> int:
-        return lengths_B[b] if b >= 0 else 0
-
+            others.setdefault(lengths_P[prompt], []).append(b)
+    outputs = _Outputs(layout)
+    whole, whole_rows = _whole_calls(layout, longest, outputs)
+    block = None if layout.device.type in NO_MASK_DEVICES else BLOCK
+    continuations, query_rows, key_rows = _continuation_calls(layout, others, block, outputs)
+    mask_rows = min(block or 0, max((length for _, _, length in continuations), default=0))
+    mask_columns = max((prompt + length for _, prompt, length in continuations), default=0) if block else 0
+    in_order = torch.equal(whole_rows, torch.arange(layout.num_rows))
     device = layout.device
-    whole: list[tuple[int, int]] = []
-    index: list[torch.Tensor] = []
-    output_index = torch.empty(layout.num_rows, dtype=torch.int64)
-    num_outputs = 0
-
-    def rows_of(p: int, b: int, padded: int) -> torch.Tensor:
-        """Prompt and response, then the last row again up to ``padded`` rows."""
-        prompt = torch.arange(prompt_starts[p], prompt_starts[p] + lengths_P[p])
-        response = torch.arange(response_starts[b], response_starts[b] + response_rows(b)) if b >= 0 else prompt[:0]
-        rows = torch.cat([prompt, response])
-        return torch.cat([rows, rows[-1:].expand(padded - len(rows))])
-
-    for bucket in _buckets(sequences, lambda s: lengths_P[s[0]] + response_rows(s[1]), _triangle):
-        length = max(lengths_P[p] + response_rows(b) for p, b in bucket)
-        whole.append((len(bucket), length))
-        for p, b in bucket:
-            rows = rows_of(p, b, length)
-            index.append(rows)
-            num_rows = lengths_P[p] + response_rows(b)
-            output_index[rows[:num_rows]] = torch.arange(num_outputs, num_outputs + num_rows)
-            num_outputs += length
-    whole_index = torch.cat(index)
-    continuations: list[tuple[int, int, int]] = []
-    queries: list[torch.Tensor] = [torch.empty(0, dtype=torch.int64)]
-    keys: list[torch.Tensor] = [torch.empty(0, dtype=torch.int64)]
-    for prompt_length, members in sorted(others.items()):
-
-        def pairs(length: int, prompt_length: int = prompt_length) -> int:
-            return _continuation(prompt_length, length)
-
-        for bucket in _buckets(members, lambda s: response_rows(s[1]), pairs):
-            length = max(response_rows(b) for _, b in bucket)
-            continuations.append((len(bucket), prompt_length, length))
-            for p, b in bucket:
-                rows = rows_of(p, b, prompt_length + length)
-                keys.append(rows)
-                queries.append(rows[prompt_length:])
-            for start, end in blocks(length):
-                for _, b in bucket:
-                    num_rows = max(0, min(end, response_rows(b)) - start)
-                    first = response_starts[b] + start
-                    output_index[first : first + num_rows] = torch.arange(num_outputs, num_outputs + num_rows)
-                    num_outputs += end - start
-    block = min(BLOCK, max((length for _, _, length in continuations), default=0))
-    widest = max((prompt + length for _, prompt, length in continuations), default=0)
-    identity = len(whole_index) == layout.num_rows and torch.equal(whole_index, torch.arange(layout.num_rows))
     return SdpaPlan(
-        whole=tuple(whole),
-        whole_index=None if identity else whole_index.to(device),
-        continuations=tuple(continuations),
-        query_index=torch.cat(queries).to(device),
-        key_index=torch.cat(keys).to(device),
-        mask=torch.ones(block, widest, dtype=torch.bool, device=device).tril(widest - block),
-        output_index=output_index.to(device),
+        whole=whole,
+        whole_index=None if in_order else whole_rows.to(device),
+        continuations=continuations,
+        query_index=query_rows.to(device),
+        key_index=key_rows.to(device),
+        block=block,
+        mask=torch.ones(mask_rows, mask_columns, dtype=torch.bool, device=device).tril(mask_columns - mask_rows),
+        output_index=outputs.index.to(device),
     )
 
 
-def _buckets(
-    sequences: Sequence[tuple[int, int]],
-    length_of: Callable[[tuple[int, int]], int],
-    pairs_of: Callable[[int], int],
-) -> list[list[tuple[int, int]]]:
-    """Sequences of similar length together, the longest first; which bounds what padding them to one length costs.
+class _Outputs:
+    """Where each packed row will stand in the outputs of all calls."""
+
+    def __init__(self, layout: PackedLayout) -> None:
+        self.index = torch.full((layout.num_rows,), -1)
+        self._num = 0
+
+    def add(self, rows: torch.Tensor, padded: int) -> None:
+        """The next ``padded`` outputs are those of ``rows``, then of padding."""
+        self.index[rows] = torch.arange(self._num, self._num + len(rows))
+        self._num += padded
+
+
+def _whole_calls(
+    layout: PackedLayout, longest: dict[int, int], outputs: _Outputs
+) -> tuple[tuple[tuple[int, int], ...], torch.Tensor]:
+    """Each prompt with its longest response, if it has one."""
+    rows_P = [
+        torch.cat([layout.prompt_rows(p), layout.response_rows(longest[p])]) if p in longest else layout.prompt_rows(p)
+        for p in range(len(layout.prompt_lengths_P))
+    ]
+    calls, index = [], []
+    for bucket in _buckets(list(range(len(rows_P))), lambda p: len(rows_P[p]), _triangle):
+        length = len(rows_P[bucket[0]])
+        calls.append((len(bucket), length))
+        for p in bucket:
+            index.append(_padded(rows_P[p], length))
+            outputs.add(rows_P[p], length)
+    return tuple(calls), torch.cat(index)
+
+
+def _continuation_calls(
+    layout: PackedLayout, others: dict[int, list[int]], block: int | None, outputs: _Outputs
+) -> tuple[tuple[tuple[int, int, int], ...], torch.Tensor, torch.Tensor]:
+    """The other responses, by the length of their prompt."""
+    calls = []
+    queries = [torch.empty(0, dtype=torch.int64)]
+    keys = [torch.empty(0, dtype=torch.int64)]
+    for prompt, members in sorted(others.items()):
+        pairs_of = partial(_continuation, prompt)
+        for bucket in _buckets(members, lambda b: layout.response_lengths_B[b], pairs_of):
+            length = layout.response_lengths_B[bucket[0]]
+            calls.append((len(bucket), prompt, length))
+            for b in bucket:
+                own = _padded(layout.response_rows(b), length)
+                queries.append(own)
+                keys += [layout.prompt_rows(layout.prompt_of_B[b]), own]
+            for start, end in blocks(length, block):
+                for b in bucket:
+                    outputs.add(layout.response_rows(b)[start:end], end - start)
+    return tuple(calls), torch.cat(queries), torch.cat(keys)
+
+
+def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
+    """The last row again up to ``length``."""
+    return torch.cat([rows, rows[-1:].expand(length - len(rows))])
+
+
+def _buckets(members: list[int], length_of: Callable[[int], int], pairs_of: Callable[[int], int]) -> list[list[int]]:
+    """Members of similar length together, the longest first; which bounds what padding them to one length costs.
 
     A bucket is closed when its padding would cost more than a call, and more than a share of its own work.
     """
-    found: list[list[tuple[int, int]]] = []
+    found: list[list[int]] = []
     longest = needed = wasted = 0
-    for sequence in sorted(sequences, key=length_of, reverse=True):
-        pairs = pairs_of(length_of(sequence))
+    for member in sorted(members, key=length_of, reverse=True):
+        pairs = pairs_of(length_of(member))
         waste = longest - pairs
         if not found or wasted + waste > max(CALL_PAIRS, PADDING_SHARE * (needed + pairs)):
             found.append([])
             longest, needed, wasted, waste = pairs, 0, 0, 0
-        found[-1].append(sequence)
+        found[-1].append(member)
         needed += pairs
         wasted += waste
     return found
@@ -247,17 +269,14 @@ class VarlenPlan:
 
 
 def _plan_varlen(layout: PackedLayout) -> VarlenPlan:
-    prompt_starts, response_starts = layout._starts()
-    queries = list(layout.prompt_lengths_P)
-    keys = list(layout.prompt_lengths_P)
-    index = [torch.arange(sum(layout.prompt_lengths_P))]
-    for prompt, start, length in zip(layout.prompt_of_B, response_starts, layout.response_lengths_B, strict=True):
+    prompts = list(layout.prompt_lengths_P)
+    queries, keys = prompts.copy(), prompts.copy()
+    index = [torch.arange(sum(prompts))]
+    for b, (prompt, length) in enumerate(zip(layout.prompt_of_B, layout.response_lengths_B, strict=True)):
         if length > 0:
-            prompt_length = layout.prompt_lengths_P[prompt]
             queries.append(length)
-            keys.append(prompt_length + length)
-            first = prompt_starts[prompt]
-            index += [torch.arange(first, first + prompt_length), torch.arange(start, start + length)]
+            keys.append(prompts[prompt] + length)
+            index += [layout.prompt_rows(prompt), layout.response_rows(b)]
     cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).to(layout.device, torch.int32) for lengths in (queries, keys))
-    key_index = torch.cat(index).to(layout.device) if len(queries) > len(layout.prompt_lengths_P) else None
+    key_index = torch.cat(index).to(layout.device) if len(queries) > len(prompts) else None
     return VarlenPlan(layout.num_rows, cu_q, cu_k, max(queries), max(keys), key_index)
