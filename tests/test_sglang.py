@@ -87,8 +87,9 @@ def test_a_wrong_shape_is_an_error_and_the_scheduler_lives(
 ) -> None:
     some(subject)
     pids = subject.engine._host.pids
-    if first:
-        subject.engine._sender._weights = None
+    subject.engine._sender._weights = None
+    if not first:
+        subject.engine._sender.check(subject.engine._host, "a", subject.policies["a"].named_parameters())
     subject.engine.sync("wrong", {**subject.policies["a"].named_parameters(), QUERY: torch.zeros(shape)}, 0)
     with pytest.raises(ValueError, match=r"shape \[.*q_proj|q_proj.* shape \["):
         some(subject, "wrong")

@@ -1,6 +1,6 @@
 """Lets the real sglang run on a machine without a GPU; loaded at the start of every Python process by a .pth file.
 
-Costs nothing until torchvision or sglang is imported. Where torch was built with CUDA it does nothing at all.
+Costs nothing until torchvision or sglang is imported, and does nothing where there is a GPU.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ class _BeforeImport(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         before = self._before.pop(fullname, None)
         if before is not None:
-            import torch
-
-            if torch.version.cuda is None and torch.version.hip is None:
-                before()
+            before()
 
 
 def _define_torchvision_operators() -> None:
     """The schemas of torchvision's compiled library, which does not load beside a torch without CUDA."""
     import torch
 
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        return
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
@@ -40,6 +39,8 @@ def _drop_pin_memory() -> None:
     import torch
     from torch.utils import _device
 
+    if torch.cuda.is_available():
+        return
     _device._device_constructors()  # keeps the originals in its cache, by which torch knows them
 
     def without(function: Callable[..., Any]) -> Callable[..., Any]:
