@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from copd_engine.config import ModelConfig
-from copd_engine.models.cache import DecodeCache, PrefillCache
+from copd_engine.models.cache import CachedSequence, DecodeCache, PagePool, PrefillCache, pages_of
 from copd_engine.models.loading import load_model
 from copd_engine.packing import pack
 from copd_engine.testbed.model import untrained
@@ -140,12 +140,21 @@ def test_decoding_token_by_token_equals_one_packed_row(policy):
     responses_BN = torch.stack([response(seed, 5) for seed in range(7)])
     with torch.inference_mode():
         whole_ND = policy.hidden_states(packed(policy, [prompts[p] for p in owners], list(responses_BN)))
-        prefill = PrefillCache()
         batch = packed(policy, prompts, [torch.empty(0, dtype=torch.int64)] * 5)
+        bounds = batch.cu_seqlens.tolist()
+        pool = PagePool(1000)
+        pages = [pool.take(pages_of(prompt.num_tokens)) for prompt in prompts]
+        prefill = PrefillCache(pool, [(bounds[p], bounds[p + 1], pages[p]) for p in range(5)], policy.device)
         steps = [policy.hidden_states(batch, prefill).repeat_interleave(repeats_P, 0)]
-        cache = DecodeCache(prefill, batch.prompt_lengths_P, repeats_P, 5)
+        rows = [CachedSequence(pages[p], prompts[p].num_tokens, pool.take(1)) for p in owners]
+        cache = DecodeCache(pool)
+        cache.arrange(rows)
+        order = torch.tensor([rows.index(row) for row in cache.rows])
         position_B = torch.tensor([prompts[p].next_position for p in owners])
-        steps.extend(policy.decode_step(responses_BN[:, n], position_B + n, cache) for n in range(4))
+        for n in range(4):
+            cache.advance()
+            step = policy.decode_step(responses_BN[order, n], position_B[order] + n, cache)
+            steps.append(torch.empty_like(step).index_copy_(0, order, step))
     own_BND = torch.stack(steps, dim=1)
     torch.testing.assert_close(own_BND.flatten(0, 1), whole_ND, atol=1e-5, rtol=1e-5)
 

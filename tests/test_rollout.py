@@ -136,7 +136,7 @@ def test_a_request_draws_the_same_whatever_else_is_in_the_batch(model, ending, p
     assert_same([together[i] for i in order], shuffled)
     for limit in (1, 5, 24, 100):
         assert_same(
-            together, EmbeddedEngine({"e": ending}, encoder, max_sequences=limit).generate("e", asked, sampling)
+            together, EmbeddedEngine({"e": ending}, encoder, max_running=limit).generate("e", asked, sampling)
         )
 
 
@@ -190,7 +190,7 @@ def test_samples_follow_the_softmax_at_the_temperature(model, prompts, temperatu
     policy = biased(policy, dict(enumerate((2 * torch.randn(384, generator=generator)).tolist())))
     prompt = prompts[1]
     asked = [RolloutRequest(prompt, seed, 0) for seed in range(6000)]
-    rollouts = EmbeddedEngine({"e": policy}, encoder, max_sequences=2000).generate("e", asked, Sampling(temperature, 1))
+    rollouts = EmbeddedEngine({"e": policy}, encoder, max_running=2000).generate("e", asked, Sampling(temperature, 1))
     counts_V = torch.bincount(torch.cat([r.response_ids_N for r in rollouts]), minlength=384).double()
     plain = plain_model(policy)
 

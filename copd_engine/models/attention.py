@@ -4,7 +4,7 @@
 they do depends on the layout that the caller passes through the model's keyword arguments:
 
 - :class:`PackedLayout`: prompts, then the responses that continue them; a response sees its prompt and itself.
-- :class:`DecodeLayout`: one new token per sequence against a left-padded key/value cache.
+- :class:`DecodeLayout`: one new token per sequence against the pages of a key/value cache.
 - no layout: plain scaled dot-product attention.
 
 :data:`VISION_FLASH_NAME` is flash-attn for vision towers, to which transformers hands the whole row in one call when
@@ -18,7 +18,6 @@ text models.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from copd_engine.models.decode_layout import PAGE, DecodeLayout
 from copd_engine.models.flash import varlen_kernel
 from copd_engine.models.packed_layout import PackedLayout, SdpaPlan, VarlenPlan, blocks
 
@@ -35,13 +35,6 @@ FLASH_NAME = "copd_varlen_fa"
 VISION_FLASH_NAME = "copd_vision_flash_attn"
 #: What transformers passes for local attention, Gemma's soft cap and attention sinks.
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
-
-
-@dataclass(frozen=True)
-class DecodeLayout:
-    """``mask_B11L`` additive fp mask over the cache's columns: 0 where a key may be seen, -inf on padding."""
-
-    mask_B11L: torch.Tensor
 
 
 def varlen_attention(
@@ -54,7 +47,8 @@ def varlen_attention(
     layout: PackedLayout | DecodeLayout | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Query ``[batch, heads, tokens, head_dim]``, key and value likewise with their own number of heads.
+    """Query ``[batch, heads, tokens, head_dim]``, key and value likewise with their own number of heads, or with a
+    :class:`DecodeLayout` as pages ``[pages, kv_heads, PAGE, head_dim]``.
 
     Returns ``[batch, tokens, heads, head_dim]``, 0 on padding rows. Raises ValueError for a batch of packed rows, a
     causal module without a layout, and variants of attention that would otherwise be dropped in silence.
@@ -62,7 +56,9 @@ def varlen_attention(
     _check(NAME, module, query, attention_mask, layout, options)
     if isinstance(layout, PackedLayout):
         return sdpa_packed(query, key, value, layout.sdpa, scaling), None
-    return _sdpa(query, key, value, layout, scaling), None
+    if isinstance(layout, DecodeLayout):
+        return sdpa_paged(query, key, value, layout, scaling), None
+    return _sdpa(query, key, value, scaling), None
 
 
 def flash_attention(
@@ -75,11 +71,13 @@ def flash_attention(
     layout: PackedLayout | DecodeLayout | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As :func:`varlen_attention`; packed rows by one call of flash-attn, in bf16 or fp16 on CUDA."""
+    """As :func:`varlen_attention`; packed rows and decode steps by one call of flash-attn, in bf16 or fp16 on CUDA."""
     _check(FLASH_NAME, module, query, attention_mask, layout, options)
     if isinstance(layout, PackedLayout):
         return varlen_packed(varlen_kernel(query.device), query, key, value, layout.varlen, scaling), None
-    return _sdpa(query, key, value, layout, scaling), None
+    if isinstance(layout, DecodeLayout):
+        return varlen_paged(varlen_kernel(query.device), query, key, value, layout, scaling), None
+    return _sdpa(query, key, value, scaling), None
 
 
 def flash_vision_attention(
@@ -126,13 +124,33 @@ def _check(
         )
 
 
-def _sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DecodeLayout | None, scaling: float | None
-) -> torch.Tensor:
-    mask = None if layout is None else layout.mask_B11L
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
-    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=grouped).transpose(1, 2)
+
+
+def sdpa_paged(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DecodeLayout, scaling: float | None = None
+) -> torch.Tensor:
+    """Attention of ``[B, heads, 1, head_dim]`` to pages ``[pages, kv_heads, PAGE, head_dim]``.
+
+    Returns ``[B, 1, heads, head_dim]``.
+    """
+    num_rows, num_heads, _, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    # The query heads that share a key are that key's queries: nothing is repeated.
+    query_BHGd = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    outputs: list[torch.Tensor] = []
+    for (start, stop, width), index in zip(layout.calls, layout.gather_indexes(num_kv_heads), strict=True):
+        k, v = (
+            x.view(-1, PAGE * head_dim).index_select(0, index).view(stop - start, num_kv_heads, width * PAGE, head_dim)
+            for x in (key, value)
+        )
+        mask = layout.mask_BL[start:stop, None, None, : width * PAGE]
+        out = scaled_dot_product_attention(query_BHGd[start:stop], k, v, attn_mask=mask, scale=scaling)
+        outputs.append(out)
+    out_BHGd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out_BHGd.reshape(num_rows, 1, num_heads, head_dim)
 
 
 def sdpa_packed(
@@ -222,6 +240,28 @@ def varlen_packed(
     # Early versions of flash-attn 3 return the log-sum-exp as well.
     out_THd = out[0] if isinstance(out, tuple) else out
     return pad(out_THd, (0, 0, 0, 0, 0, query.shape[2] - plan.num_rows)).unsqueeze(0)
+
+
+def varlen_paged(
+    kernel: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: DecodeLayout,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """As :func:`sdpa_paged`, by one call of ``kernel``, see :func:`varlen_packed`.
+
+    The visible tokens are gathered without padding. Kernels that read pages by themselves want pages of 256 tokens
+    (flash-attn 2), of which a short response would waste most.
+    """
+    index_N, starts, longest = layout.varlen(key.shape[1])
+    key_SKd, value_SKd = (
+        x.view(-1, x.shape[3]).index_select(0, index_N).view(-1, x.shape[1], x.shape[3]) for x in (key, value)
+    )
+    one = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
+    out = kernel(query.squeeze(2), key_SKd, value_SKd, one, starts, 1, longest, softmax_scale=scaling, causal=True)
+    return (out[0] if isinstance(out, tuple) else out).unsqueeze(1)
 
 
 AttentionInterface.register(NAME, varlen_attention)

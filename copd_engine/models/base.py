@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from copd_engine.models.attention import FLASH_NAME, NAME, DecodeLayout, PackedLayout
+from copd_engine.models.attention import FLASH_NAME, NAME, PackedLayout
 from copd_engine.models.cache import DecodeCache, PrefillCache
 from copd_engine.models.flash import Backend
 from copd_engine.models.lora import FoldedParameters, plain_name, remove_adapters
@@ -144,15 +144,15 @@ class Policy(ABC):
         return output.last_hidden_state[0].index_select(0, batch.rows_N)
 
     def decode_step(self, token_ids_B: torch.Tensor, position_B: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
-        """Hidden states ``[B, D]`` after one more token per sequence; grows the cache by a column."""
+        """Hidden states ``[B, D]`` after one more token of each of the cache's rows, for which it has made room
+        (:meth:`DecodeCache.advance`)."""
         output = self.backbone(
             inputs_embeds=self.module.get_input_embeddings()(token_ids_B[:, None]),
             position_ids=self._backbone_positions(position_B[None, :, None].expand(3, -1, 1)),
             past_key_values=cache,
             use_cache=False,
-            layout=DecodeLayout(cache.step_mask),
+            layout=cache.layout,
         )
-        cache.advance()
         return output.last_hidden_state[:, 0]
 
     def clone(self) -> Policy:

@@ -1,92 +1,265 @@
-"""Key/value cache of the embedded rollout engine: filled from one packed prefill, then grown a column per step.
+"""Key/value cache of the embedded rollout engine: pages of a bounded memory, handed out as sequences grow.
 
-Prompts of a group share their prefill: the packed keys and values are gathered once, left-padded and repeated for
-the group's members. Left padding lets every sequence write its next token to the same column.
+The pages of a prompt are shared by all sequences that continue it; each sequence's own tokens begin on a page of their
+own. Pages live in every layer under the same number.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
+
+from copd_engine.models.decode_layout import PAGE, DecodeLayout, call_bytes, plan_calls
+
+
+def pages_of(num_tokens: int) -> int:
+    """How many pages hold that many tokens."""
+    return -(-num_tokens // PAGE)
+
+
+class PagePool:
+    """At most ``max_tokens`` tokens in pages of :data:`PAGE`; per layer keys ``[pages, kv_heads, PAGE, head_dim]`` and
+    values likewise, taken in steps as pages are handed out."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.num_pages = max_tokens // PAGE
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._free: list[int] = []  # a heap: low numbers first keep the memory small
+        self._handed_out = 0  # pages 0 .. handed_out - 1 are free or in use, the others untouched
+        self._unclean: list[int] = []
+
+    @property
+    def num_free(self) -> int:
+        return self.num_pages - self.num_used
+
+    @property
+    def num_used(self) -> int:
+        return self._handed_out - len(self._free)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all layers now."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    @property
+    def page_bytes(self) -> int:
+        """Keys and values of one page in one layer."""
+        return sum(tensor[:1].nbytes for tensor in self.layers[0])
+
+    def take(self, count: int) -> list[int]:
+        """``count`` pages; they are 0 after the next :meth:`prepare`. There must be as many free ones."""
+        assert count <= self.num_free, (count, self.num_free)
+        taken = [heapq.heappop(self._free) for _ in range(min(count, len(self._free)))]
+        fresh = count - len(taken)
+        taken += range(self._handed_out, self._handed_out + fresh)
+        self._handed_out += fresh
+        self._unclean += taken
+        return taken
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            heapq.heappush(self._free, page)
+
+    def prepare(self) -> None:
+        """Memory for the pages handed out since the last call, and zeros in them.
+
+        A page's last tokens are masked but read, and a NaN of whoever had the page before would get through the mask.
+        """
+        if not self._unclean:
+            return
+        for number, layer in enumerate(self.layers):
+            if len(layer[0]) < self._handed_out:  # one layer at a time: no second copy of the whole
+                size = min(self.num_pages, max(self._handed_out, 2 * len(layer[0])))
+                self.layers[number] = (_grown(layer[0], size), _grown(layer[1], size))
+                del layer
+        if self.layers:
+            unclean = torch.tensor(self._unclean, device=self.layers[0][0].device)
+            for key, value in self.layers:
+                key.index_fill_(0, unclean, 0)
+                value.index_fill_(0, unclean, 0)
+        self._unclean = []
+
+    def write(self, layer: int, key_HMd: torch.Tensor, value_HMd: torch.Tensor, slot_HM: torch.Tensor) -> None:
+        """Write M tokens of one layer to the rows ``slot_HM`` int64 of ``[pages * kv_heads * PAGE, head_dim]``."""
+        shape = (self._handed_out, key_HMd.shape[0], PAGE, key_HMd.shape[2])
+        if layer == len(self.layers):
+            self.layers.append((key_HMd.new_zeros(shape), value_HMd.new_zeros(shape)))
+        elif not _fits(self.layers[layer][0], key_HMd):  # a model of another kind; of the last one nothing is kept
+            self.layers[layer] = (key_HMd.new_zeros(shape), value_HMd.new_zeros(shape))
+        for pages, x_HMd in zip(self.layers[layer], (key_HMd, value_HMd), strict=True):
+            pages.view(-1, pages.shape[3]).index_copy_(0, slot_HM.flatten(), x_HMd.flatten(0, 1))
+
+    def release(self) -> None:
+        """Give the memory back. No page may be in use."""
+        assert self.num_used == 0, self.num_used
+        self.layers, self._free, self._handed_out, self._unclean = [], [], 0, []
+
+
+def _fits(pages: torch.Tensor, x_HMd: torch.Tensor) -> bool:
+    same_kind = pages.dtype == x_HMd.dtype and pages.device == x_HMd.device
+    return same_kind and (pages.shape[1], pages.shape[3]) == (x_HMd.shape[0], x_HMd.shape[2])
+
+
+def _grown(pages: torch.Tensor, size: int) -> torch.Tensor:
+    grown = pages.new_empty((size, *pages.shape[1:]))
+    grown[: len(pages)] = pages
+    return grown
+
+
+def slots(page_M: torch.Tensor, within_M: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows of ``[pages * num_heads * PAGE, head_dim]`` that hold these tokens of these pages, int64
+    ``[num_heads, M]``."""
+    head_H1 = torch.arange(num_heads, device=page_M.device)[:, None]
+    return (page_M * num_heads + head_H1) * PAGE + within_M
 
 
 class PrefillCache:
-    """Records the packed keys and values of a prefill; per layer ``[1, kv_heads, T, head_dim]``."""
+    """Takes the keys and values of a packed prefill ``[1, kv_heads, T, head_dim]`` into ``pool``.
 
-    def __init__(self) -> None:
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    ``segments``: (first row, last row + 1, pages) of what is kept; ``device``: the model's.
+    """
+
+    def __init__(
+        self, pool: PagePool, segments: Sequence[tuple[int, int, Sequence[int]]], device: torch.device
+    ) -> None:
+        pool.prepare()
+        self._pool = pool
+        self._row_M, self._page_M, self._within_M = _places(segments).to(device)
+        self._slot_HM: torch.Tensor | None = None
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.layers.append((key, value))
+        if self._slot_HM is None:
+            self._slot_HM = slots(self._page_M, self._within_M, key.shape[1])
+        key_HMd, value_HMd = (x[0].index_select(1, self._row_M) for x in (key, value))
+        self._pool.write(layer_idx, key_HMd, value_HMd, self._slot_HM)
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
 
-class DecodeCache:
-    """Left-padded cache of B sequences with room for ``max_new_tokens`` more columns.
+def _places(segments: Sequence[tuple[int, int, Sequence[int]]]) -> torch.Tensor:
+    """Row, page and place within the page of each token of the segments, int64 ``[3, M]``."""
+    start_S, stop_S = torch.tensor([segment[:2] for segment in segments], dtype=torch.int64).reshape(-1, 2).T
+    length_S = stop_S - start_S
+    token_M = torch.arange(int(length_S.sum())) - (length_S.cumsum(0) - length_S).repeat_interleave(length_S)
+    num_pages_S = (length_S + PAGE - 1) // PAGE
+    first_page_S = num_pages_S.cumsum(0) - num_pages_S
+    used = [pages[: pages_of(stop - start)] for start, stop, pages in segments]
+    page_N = torch.tensor([page for pages in used for page in pages], dtype=torch.int64)
+    page_M = page_N[first_page_S.repeat_interleave(length_S) + token_M // PAGE]
+    return torch.stack([start_S.repeat_interleave(length_S) + token_M, page_M, token_M % PAGE])
 
-    ``mask_B11L`` is additive (0 or -inf) over all columns, in the keys' dtype.
+
+@dataclass(eq=False)
+class CachedSequence:
+    """Where a sequence's keys and values are: the prompt's pages, then ``num_tokens`` tokens on pages of its own."""
+
+    prompt_pages: Sequence[int]
+    prompt_tokens: int
+    pages: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.prompt_pages) + len(self.pages)
+
+
+class DecodeCache:
+    """The sequences that decode side by side. ``rows``: their order in every step, those with most pages first.
+
+    A step is :meth:`advance`, then the model, whose attention finds what to read in :attr:`layout`.
     """
 
-    def __init__(
-        self,
-        prefill: PrefillCache,
-        lengths_P: torch.Tensor,
-        repeats_P: torch.Tensor,
-        max_new_tokens: int,
-    ) -> None:
-        longest = int(lengths_P.max())
-        ends_P = torch.cumsum(lengths_P, 0)
-        column_L = torch.arange(longest, device=lengths_P.device)
-        # Column l of prompt p holds its token l - (longest - length): prompts end at the same column.
-        offset_PL = column_L[None, :] - longest + ends_P[:, None]
-        index_PL = torch.maximum(offset_PL, (ends_P - lengths_P)[:, None])
-        self.filled = longest
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-        for key, value in prefill.layers:
-            self.keys.append(_gather(key, index_PL, repeats_P, max_new_tokens))
-            self.values.append(_gather(value, index_PL, repeats_P, max_new_tokens))
-        hidden_PL = column_L[None, :] < (longest - lengths_P)[:, None]
-        mask_PL = torch.zeros(hidden_PL.shape, dtype=self.keys[0].dtype, device=lengths_P.device)
-        mask_PL.masked_fill_(hidden_PL, float("-inf"))
-        mask_BL = mask_PL.repeat_interleave(repeats_P, 0)
-        self.mask_B11L = torch.nn.functional.pad(mask_BL, (0, max_new_tokens))[:, None, None, :]
+    def __init__(self, pool: PagePool) -> None:
+        self.rows: list[CachedSequence] = []
+        self.layout: DecodeLayout | None = None
+        self._pool = pool
+        self._pages_BP = self._mask_BL = torch.empty(0, 0)
+        self._calls: tuple[tuple[int, int, int], ...] = ()
+        self._page_B = self._within_B = torch.empty(0)
+        self._slot_HM: torch.Tensor | None = None
+
+    def arrange(self, rows: Sequence[CachedSequence]) -> None:
+        """Decode these sequences from now on; those that were here before keep their place in the tables."""
+        key = self._pool.layers[0][0]
+        old = {id(row): number for number, row in enumerate(self.rows)}
+        self.rows = sorted(rows, key=lambda row: row.num_pages, reverse=True)
+        # Room for two more pages each: the tables grow seldom.
+        width = self.rows[0].num_pages + 2
+        first_B1 = torch.tensor([[row.prompt_pages[0]] for row in self.rows])
+        pages_BP = first_B1.expand(-1, width).clone().to(key.device)
+        mask_BL = key.new_full((len(self.rows), width * PAGE), float("-inf"))
+        kept = [(number, old[id(row)]) for number, row in enumerate(self.rows) if id(row) in old]
+        if kept:
+            to, origin = torch.tensor(kept, device=key.device).T
+            common = min(width, self._pages_BP.shape[1])
+            pages_BP[to, :common] = self._pages_BP[origin, :common]
+            mask_BL[to, : common * PAGE] = self._mask_BL[origin, : common * PAGE]
+        new = [number for number, row in enumerate(self.rows) if id(row) not in old]
+        if new:
+            table, bounds = [], []
+            for row in (self.rows[number] for number in new):
+                pages = [*row.prompt_pages, *row.pages]
+                table.append(pages + pages[:1] * (width - len(pages)))
+                start = len(row.prompt_pages) * PAGE
+                bounds.append((row.prompt_tokens, start, start + row.num_tokens))
+            number_N = torch.tensor(new, device=key.device)
+            pages_BP[number_N] = torch.tensor(table, device=key.device)
+            prompt_N1, start_N1, stop_N1 = torch.tensor(bounds, device=key.device).T[:, :, None]
+            column_L = torch.arange(mask_BL.shape[1], device=key.device)
+            visible_NL = (column_L < prompt_N1) | ((column_L >= start_N1) & (column_L < stop_N1))
+            mask_BL[number_N] = torch.zeros_like(mask_BL[number_N]).masked_fill_(~visible_NL, float("-inf"))
+        self._pages_BP, self._mask_BL, self._calls = pages_BP, mask_BL, ()
+
+    def advance(self) -> None:
+        """Make room for one more token of every row, on pages that the rows have already."""
+        self._pool.prepare()
+        device = self._pages_BP.device
+        pages: list[int] = []
+        withins: list[int] = []
+        columns: list[int] = []
+        begun: list[int] = []  # rows whose token is the first of a page
+        for number, row in enumerate(self.rows):
+            page, within = divmod(row.num_tokens, PAGE)
+            pages.append(row.pages[page])
+            withins.append(within)
+            columns.append(len(row.prompt_pages) * PAGE + row.num_tokens)
+            row.num_tokens += 1
+            if within == 0:
+                begun.append(number)
+        self._page_B, self._within_B, column_B = torch.tensor([pages, withins, columns], device=device)
+        if begun or not self._calls:
+            missing = max(columns) // PAGE + 1 - self._pages_BP.shape[1]
+            if missing > 0:
+                wider = missing + self._pages_BP.shape[1] // 8
+                self._pages_BP = torch.cat([self._pages_BP, self._pages_BP[:, :1].expand(-1, wider)], dim=1)
+                self._mask_BL = torch.nn.functional.pad(self._mask_BL, (0, wider * PAGE), value=float("-inf"))
+            begun_N = torch.tensor(begun, dtype=torch.int64, device=device)
+            self._pages_BP[begun_N, column_B[begun_N] // PAGE] = self._page_B[begun_N]
+            num_pages = [column // PAGE + 1 for column in columns]
+            self._calls = plan_calls(num_pages, self._pool.page_bytes, call_bytes(device))
+            self.layout = None
+        self._mask_BL[torch.arange(len(self.rows), device=device), column_B] = 0
+        self._slot_HM = None
+        # The same indexes as long as no page was begun; the mask is one tensor, opened in place.
+        known = {} if self.layout is None else self.layout._indexes
+        self.layout = DecodeLayout(self._pages_BP, self._mask_BL, self._calls, known)
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new token's column; returns all filled columns."""
-        stop = self.filled + 1
-        self.keys[layer_idx][:, :, self.filled : stop] = key
-        self.values[layer_idx][:, :, self.filled : stop] = value
-        return self.keys[layer_idx][:, :, :stop], self.values[layer_idx][:, :, :stop]
+        """Write the new tokens ``[B, kv_heads, 1, head_dim]``; returns the layer's pages, keys and values."""
+        if self._slot_HM is None:
+            self._slot_HM = slots(self._page_B, self._within_B, key.shape[1])
+        key_HBd, value_HBd = (x.squeeze(2).transpose(0, 1) for x in (key, value))
+        self._pool.write(layer_idx, key_HBd, value_HBd, self._slot_HM)
+        return self._pool.layers[layer_idx]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.filled
-
-    @property
-    def step_mask(self) -> torch.Tensor:
-        """Mask for the token being written: all filled columns and its own."""
-        return self.mask_B11L[..., : self.filled + 1]
-
-    def advance(self) -> None:
-        self.filled += 1
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drop finished sequences; ``rows`` int64 indexes of those that go on."""
-        self.keys = [key.index_select(0, rows) for key in self.keys]
-        self.values = [value.index_select(0, rows) for value in self.values]
-        self.mask_B11L = self.mask_B11L.index_select(0, rows)
-
-
-def _gather(x_1HTd: torch.Tensor, index_PL: torch.Tensor, repeats_P: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-    x_THd = x_1HTd.squeeze(0).transpose(0, 1)
-    x_PHLd = x_THd.index_select(0, index_PL.flatten()).unflatten(0, index_PL.shape).transpose(1, 2)
-    num_sequences, longest = int(repeats_P.sum()), index_PL.shape[1]
-    cache = x_1HTd.new_empty((num_sequences, x_PHLd.shape[1], longest + max_new_tokens, x_PHLd.shape[3]))
-    cache[:, :, :longest] = x_PHLd.repeat_interleave(repeats_P, 0)
-    return cache
+        return 0

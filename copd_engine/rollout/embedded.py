@@ -1,37 +1,55 @@
 """The embedded engine: samples with the trainer's own modules, so a weight sync moves nothing.
 
-A prompt is prefilled once for all its requests in one packed forward; its keys and values are repeated for the group.
+Requests are decoded in one batch that they enter and leave one by one, over a key/value cache of bounded size: which
+ones, says ``scheduler.py``; what is computed, ``continuous_batch.py``; where keys and values are, ``models/cache.py``.
 Each request draws from a random stream of its own (one uniform number per token, inverse of the cumulative
 distribution), so its tokens do not depend on what else is in the batch, up to rounding of the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 
 from copd_engine.models.base import Policy, PromptEncoder
-from copd_engine.models.cache import DecodeCache, PrefillCache
-from copd_engine.packing import pack
+from copd_engine.models.cache import PagePool, pages_of
+from copd_engine.models.decode_layout import PAGE
 from copd_engine.rollout.base import RolloutEngine, Sampling
-from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
+from copd_engine.rollout.continuous_batch import ContinuousBatch, Counts
+from copd_engine.rollout.scheduler import ActiveRequest, Scheduler
+from copd_engine.types import Rollout, RolloutRequest, UserError
 
 
 class EmbeddedEngine(RolloutEngine):
     """Implements :class:`copd_engine.rollout.base.RolloutEngine` over the trainer's policies.
 
-    ``max_sequences``: how many sequences decode side by side; more requests are served in turns.
+    ``max_running``: how many sequences decode side by side. ``max_cached_tokens``: how many tokens' keys and values the
+    cache holds, those of a prompt once for its group; memory is taken as it is needed, kept from call to call, and
+    given back by :meth:`sleep`.
     """
 
-    def __init__(self, policies: Mapping[str, Policy], encoder: PromptEncoder, max_sequences: int = 512) -> None:
+    def __init__(
+        self,
+        policies: Mapping[str, Policy],
+        encoder: PromptEncoder,
+        max_running: int = 256,
+        max_cached_tokens: int = 262_144,
+    ) -> None:
         self._policies = dict(policies)
         self._encoder = encoder
-        self._max_sequences = max_sequences
+        self._max_running = max_running
+        self._max_cached_tokens = max_cached_tokens
+        self._pool = PagePool(max_cached_tokens)
         self._versions = dict.fromkeys(policies, 0)
+        self._counts = Counts()
+        self._sampling_for: str | None = None
 
     def sync(self, expert: str, named_tensors: Mapping[str, torch.Tensor], version: int) -> None:
         """The tensors must be the policy's own storage; raises ValueError for copies, which would never be used."""
+        self._check_idle("sync")
         own = self._policy(expert).named_parameters()
         for name, tensor in named_tensors.items():
             if name not in own or own[name].data_ptr() != tensor.data_ptr():
@@ -41,20 +59,42 @@ class EmbeddedEngine(RolloutEngine):
         self._versions[expert] = version
 
     def generate(self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling) -> list[Rollout]:
-        policy = self._policy(expert)
-        rollouts: list[Rollout] = []
-        # Requests of one prompt stand together, whatever their groups, so a turn prefills each prompt once.
-        first: dict[int, int] = {}
-        for i, request in enumerate(requests):
-            first.setdefault(id(request.prompt), i)
-        order = sorted(range(len(requests)), key=lambda i: first[id(requests[i].prompt)])
-        for start in range(0, len(order), self._max_sequences):
-            turn = [requests[i] for i in order[start : start + self._max_sequences]]
-            rollouts += self._generate_turn(policy, turn, sampling, self._versions[expert])
-        by_request = dict(zip(order, rollouts, strict=True))
-        return [by_request[i] for i in range(len(requests))]
+        self._check(expert, requests, sampling)
+        finished = dict(self._finished(expert, requests, sampling))
+        return [finished[index] for index in range(len(requests))]
+
+    def generate_groups(
+        self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling
+    ) -> Iterator[list[Rollout]]:
+        """Whole groups as they finish. Until the last one the engine samples for nobody else: RuntimeError."""
+        self._check(expert, requests, sampling)
+        return self._groups(expert, requests, sampling)
+
+    def generate_mixed(
+        self, requests: Mapping[str, Sequence[RolloutRequest]], sampling: Sampling
+    ) -> Iterator[tuple[str, list[Rollout]]]:
+        """Groups as they finish, one expert after the other."""
+        for expert, asked in requests.items():
+            self._check(expert, asked, sampling)
+        return (
+            (expert, group) for expert, asked in requests.items() for group in self._groups(expert, asked, sampling)
+        )
+
+    def sleep(self) -> None:
+        """Give back the cache's memory; the weights are the trainer's."""
+        self._check_idle("sleep")
+        self._pool.release()
+
+    def stats(self) -> dict[str, float]:
+        """The fields of :class:`copd_engine.rollout.continuous_batch.Counts`, and ``occupancy``: the share of
+        ``max_running`` that was in use, mean over decode steps."""
+        counts = asdict(self._counts)
+        self._counts.__init__()  # type: ignore[misc]
+        places = counts["num_decode_steps"] * self._max_running
+        return counts | {"occupancy": counts["num_running"] / places if places else 0.0}
 
     def close(self) -> None:
+        self.sleep()
         self._policies.clear()
 
     def _policy(self, expert: str) -> Policy:
@@ -62,104 +102,60 @@ class EmbeddedEngine(RolloutEngine):
             raise ValueError(f"no expert {expert!r} in this engine (known: {', '.join(sorted(self._policies))})")
         return self._policies[expert]
 
-    def _generate_turn(
-        self, policy: Policy, requests: Sequence[RolloutRequest], sampling: Sampling, version: int
-    ) -> list[Rollout]:
-        prompts: list[EncodedPrompt] = []
-        repeats: list[int] = []
-        for request in requests:
-            if not prompts or prompts[-1] is not request.prompt:
-                prompts.append(request.prompt)
-                repeats.append(0)
-            repeats[-1] += 1
-        token_ids_BN, logp_BN, num_tokens_B = self._sample(policy, prompts, torch.tensor(repeats), requests, sampling)
-        rollouts = []
-        for request, ids_N, logp_N, num in zip(requests, token_ids_BN, logp_BN, num_tokens_B.tolist(), strict=True):
-            response_ids_N = ids_N[:num].clone()  # out of inference mode: autograd may keep a copy
-            stopped = num > 0 and int(response_ids_N[-1]) == self._encoder.end_token_id
-            rollouts.append(
-                Rollout(
-                    request=request,
-                    response_ids_N=response_ids_N,
-                    sampler_logp_N=logp_N[:num].clone(),
-                    finish_reason="stop" if stopped else "length",
-                    weight_version=version,
-                    text=self._encoder.decode(response_ids_N.tolist()),
-                )
+    def _check_idle(self, action: str) -> None:
+        if self._sampling_for is not None:
+            raise RuntimeError(f"embedded engine: {action} while it samples for {self._sampling_for!r}")
+
+    def _check(self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling) -> None:
+        """ValueError for an unknown expert, UserError for a request that would not fit alone."""
+        self._policy(expert)
+        if not requests:
+            return
+        prompt = max((request.prompt for request in requests), key=lambda prompt: prompt.num_tokens)
+        # The last token is not fed back.
+        needed = PAGE * (pages_of(prompt.num_tokens) + pages_of(sampling.max_new_tokens - 1))
+        if needed > self._pool.num_pages * PAGE:
+            raise UserError(
+                f"rollout.max_cached_tokens = {self._max_cached_tokens}: {prompt.example.name} has {prompt.num_tokens} "
+                f"tokens, and {sampling.max_new_tokens} may follow: that needs {needed}, in pages of {PAGE}. Set at "
+                f"least that, or a smaller rollout.max_new_tokens"
             )
-        return rollouts
 
-    @torch.inference_mode()
-    def _sample(
-        self,
-        policy: Policy,
-        prompts: Sequence[EncodedPrompt],
-        repeats_P: torch.Tensor,
-        requests: Sequence[RolloutRequest],
-        sampling: Sampling,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids int64 ``[B, max_new_tokens]``, their log-probs fp32, and how many of each row are real ``[B]``."""
-        encoder = self._encoder
-        empty = torch.empty(0, dtype=torch.int64)
-        batch = pack(prompts, [empty] * len(prompts), encoder.visual_token_ids, encoder.spatial_merge_size)
-        device = policy.device
-        batch, repeats_P = batch.to(device), repeats_P.to(device)
-        prefill = PrefillCache()
-        hidden_BD = policy.hidden_states(batch, prefill).repeat_interleave(repeats_P, 0)
-        cache = DecodeCache(prefill, batch.prompt_lengths_P, repeats_P, sampling.max_new_tokens)
-        uniform_BN = _uniforms([request.seed for request in requests], sampling.max_new_tokens).to(device)
-        position_P = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-        position_B = position_P.repeat_interleave(repeats_P)
+    def _groups(self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling) -> Iterator[list[Rollout]]:
+        missing = Counter(request.group for request in requests)
+        found: dict[int, dict[int, Rollout]] = {group: {} for group in missing}
+        for index, rollout in self._finished(expert, requests, sampling):
+            group = rollout.request.group
+            found[group][index] = rollout
+            missing[group] -= 1
+            if missing[group] == 0:
+                members = found.pop(group)
+                yield [members[i] for i in sorted(members)]
 
-        size = (len(requests), sampling.max_new_tokens)
-        token_ids_BN = torch.zeros(size, dtype=torch.int64, device=device)
-        logp_BN = torch.zeros(size, device=device)
-        num_tokens_B = torch.full(size[:1], sampling.max_new_tokens, device=device)
-        row_B = torch.arange(len(requests), device=device)  # request of each sequence still in the batch
-        active_B = torch.ones(len(requests), dtype=torch.bool, device=device)
-        for step in range(sampling.max_new_tokens):
-            token_B, token_logp_B = self._draw(policy, hidden_BD, uniform_BN[row_B, step], sampling.temperature)
-            token_ids_BN[row_B[active_B], step] = token_B[active_B]
-            logp_BN[row_B[active_B], step] = token_logp_B[active_B]
-            ended_B = active_B & (token_B == encoder.end_token_id)
-            num_tokens_B[row_B[ended_B]] = step + 1
-            active_B &= ~ended_B
-            num_active = int(active_B.sum())
-            if num_active == 0 or step + 1 == sampling.max_new_tokens:
-                break
-            if num_active <= 0.75 * len(active_B):  # a copy of the cache pays off only when it drops enough
-                kept = active_B.nonzero().squeeze(1)
-                cache.keep(kept)
-                token_B, row_B, position_B, active_B = token_B[kept], row_B[kept], position_B[kept], active_B[kept]
-            hidden_BD = policy.decode_step(token_B, position_B, cache)
-            position_B = position_B + 1
-        return token_ids_BN.cpu(), logp_BN.cpu(), num_tokens_B.cpu()
+    def _finished(
+        self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling
+    ) -> Iterator[tuple[int, Rollout]]:
+        """Rollouts as they finish, each with the index of its request."""
+        self._check_idle(f"a call for {expert!r}")
+        version = self._versions[expert]
+        scheduler = Scheduler(requests, self._pool, self._max_running, sampling.max_new_tokens)
+        batch = ContinuousBatch(self._policy(expert), self._encoder, self._pool, scheduler, sampling, self._counts)
+        self._sampling_for = expert
+        try:
+            while scheduler.waiting or scheduler.running:
+                for request in batch.step():
+                    yield request.index, self._rollout(request, version)
+        finally:  # the caller may stop before the end
+            scheduler.close()
+            self._sampling_for = None
 
-    def _draw(
-        self, policy: Policy, hidden_BD: torch.Tensor, uniform_B: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next tokens and their log-probs under the policy at the sampling temperature.
-
-        Suppressed ids are left out of the draw; the log-prob is the policy's own over the whole vocabulary, as the
-        trainer computes it.
-        """
-        logits_BV = torch.nn.functional.linear(hidden_BD, policy.lm_head_weight, policy.lm_head_bias).float()
-        logp_BV = torch.log_softmax(logits_BV / (temperature or 1.0), dim=-1)
-        suppressed = torch.tensor(self._encoder.suppressed_token_ids, dtype=torch.int64, device=logp_BV.device)
-        allowed_BV = logp_BV.index_fill(1, suppressed, float("-inf"))
-        if temperature == 0:
-            token_B = allowed_BV.argmax(-1)
-        else:
-            cumulative_BV = allowed_BV.double().exp_().cumsum_(-1)
-            threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-            token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
-            token_B = token_B.clamp_(max=logits_BV.shape[1] - 1)
-        return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1)
-
-
-def _uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), fp64 ``[len(seeds), count]``, one stream per seed."""
-    generator = torch.Generator()
-    return torch.stack(
-        [torch.rand(count, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    )
+    def _rollout(self, request: ActiveRequest, version: int) -> Rollout:
+        token_ids = request.token_ids
+        return Rollout(
+            request=request.request,
+            response_ids_N=torch.tensor(token_ids, dtype=torch.int64),
+            sampler_logp_N=torch.tensor(request.logp),
+            finish_reason="stop" if token_ids[-1] == self._encoder.end_token_id else "length",
+            weight_version=version,
+            text=self._encoder.decode(token_ids),
+        )
