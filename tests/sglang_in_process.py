@@ -44,7 +44,3 @@ def main() -> None:
     seen["after"] = all(signal.getsignal(number) is handler for number, handler in handlers.items())
     bystander.kill()
     print(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main()

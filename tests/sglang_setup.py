@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
+import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ import pytest
 import copd_engine
 from copd_engine.config import LoraConfig, MediaConfig, ModelConfig, RolloutConfig
 from copd_engine.models.loading import load_model
+from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.sglang_engine import SglangEngine
+from copd_engine.types import Rollout
 from tests.helpers import prompts_of_all_domains
-from tests.rollout_suite import Subject
+from tests.rollout_suite import Subject, ids
 
 #: For every module that starts sglang: all in one xdist group, so that engines do not start side by side.
 MARKS = [
@@ -58,3 +62,22 @@ def sglang_subject(
     subject.change("a", 11)
     subject.change("b", 12)
     return subject
+
+
+def check_recovery(subject: Subject, expert: str, pid: int) -> None:
+    """Kill a process after the first group: the others come as if nothing had happened, from the current weights."""
+    asked = subject.requests(8)
+    expected = ids(subject.engine.generate(expert, asked, Sampling(1.0, 100)))
+    old = subject.engine._host.pids
+    subject.engine.stats()
+    found: dict[int, list[Rollout]] = {}
+    for number, group in enumerate(subject.engine.generate_groups(expert, asked, Sampling(1.0, 100))):
+        if number == 0:
+            os.kill(pid, signal.SIGKILL)
+        found[group[0].request.group] = group
+    rollouts = [rollout for number in sorted(found) for rollout in found[number]]
+    assert ids(rollouts) == expected
+    subject.check(expert, rollouts)
+    stats = subject.engine.stats()
+    assert (stats["num_starts"], stats["num_swaps"], stats["num_dropped"]) == (1, 1, 0)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in old)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 
 import psutil
@@ -15,7 +13,7 @@ from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.sglang_weights import as_payload, as_tensor, buckets, word_sum
 from copd_engine.types import Rollout
 from tests.rollout_suite import RolloutSuite, Subject, ids
-from tests.sglang_setup import MARKS, sglang_subject
+from tests.sglang_setup import MARKS, check_recovery, sglang_subject
 
 pytestmark = MARKS
 QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -201,18 +199,6 @@ def test_a_caller_that_wants_no_more_stops_the_rest(subject: Subject) -> None:
     subject.check("a", some(subject))
 
 
-def test_a_dead_scheduler_is_replaced_and_the_step_goes_on(subject: Subject) -> None:
-    """Killed in the middle of a call; also its host, so that neither of its ends is told."""
-    asked = subject.requests(8)
-    expected = ids(subject.engine.generate("a", asked, Sampling(1.0, 100)))
-    subject.engine.stats()
-    found: dict[int, list[Rollout]] = {}
-    for number, group in enumerate(subject.engine.generate_groups("a", asked, Sampling(1.0, 100))):
-        if number == 0:
-            os.kill(subject.engine._host.pids[0], signal.SIGKILL)
-        found[group[0].request.group] = group
-    rollouts = [rollout for number in sorted(found) for rollout in found[number]]
-    assert ids(rollouts) == expected
-    subject.check("a", rollouts)
-    stats = subject.engine.stats()
-    assert (stats["num_starts"], stats["num_swaps"], stats["num_dropped"]) == (1, 1, 0)
+def test_an_engine_that_dies_is_replaced_and_the_step_goes_on(subject: Subject) -> None:
+    """The host itself is killed in the middle of a call; its schedulers go with it."""
+    check_recovery(subject, "a", subject.engine._host._process.pid)

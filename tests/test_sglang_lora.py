@@ -9,7 +9,7 @@ import torch
 
 from copd_engine.rollout.base import Sampling
 from tests.rollout_suite import RolloutSuite, Subject
-from tests.sglang_setup import LORA, MARKS, sglang_subject
+from tests.sglang_setup import LORA, MARKS, check_recovery, sglang_subject
 
 pytestmark = MARKS
 
@@ -60,3 +60,8 @@ def test_an_adapter_that_fits_no_layer_is_an_error_before_anything_is_sent(subje
     with pytest.raises(ValueError, match=r"only adapters are synced to sglang, not 'lm_head\.weight'"):
         subject.engine.generate("wrong", subject.requests(1), Sampling(1.0, 4))
     subject.check("a", subject.engine.generate("a", subject.requests(), Sampling(1.0, 20)))
+
+
+def test_adapters_are_loaded_again_after_a_scheduler_has_died(subject: Subject) -> None:
+    check_recovery(subject, "a", subject.engine._host.pids[0])
+    subject.check("b", subject.engine.generate("b", subject.requests(), Sampling(1.0, 20)))

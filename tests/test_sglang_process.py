@@ -17,12 +17,17 @@ from tests.sglang_setup import MARKS, rollout_config
 
 pytestmark = MARKS
 ROOT = Path(__file__).parents[1]
+#: Some packages install a `tests` of their own. As -c, because sglang's processes import a main module that is a file.
+START = (
+    "import sys, types; tests = sys.modules['tests'] = types.ModuleType('tests'); tests.__path__ = ['tests'];"
+    "from tests.sglang_in_process import main; main()"
+)
 
 
 def test_in_the_trainers_process_nobody_elses_child_is_ended_and_a_dead_scheduler_is_replaced() -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.sglang_in_process"],
+        [sys.executable, "-c", START],
         cwd=ROOT,
         env=environment,
         capture_output=True,
