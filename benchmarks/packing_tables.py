@@ -54,9 +54,16 @@ def _bounds(record: dict[str, Any]) -> str:
         )
         rows.append([name, f"{ratio:.2f}", f"≥ {SPEED_MUST}", _reached(ratio >= SPEED_MUST)])
     samples = max(row["samples"] for row in record["planning"])
-    slowest = max(max(row["seconds"]) for row in record["planning"])
+    slowest = max(max(row["cpu_seconds"]) for row in record["planning"])
     reached = _reached(slowest <= PLANNING_MUST_S)
-    rows.append([f"planning {samples:,} samples, slowest", f"{slowest:.2f} s", f"≤ {PLANNING_MUST_S:.0f} s", reached])
+    rows.append(
+        [
+            f"planning {samples:,} samples, slowest, CPU time of one thread",
+            f"{slowest:.2f} s",
+            f"≤ {PLANNING_MUST_S:.0f} s",
+            reached,
+        ]
+    )
     return "## Bounds\n\n" + table(["ours", "measured", "must reach", "reached"], rows)
 
 
@@ -151,8 +158,9 @@ def _planning(record: list[dict[str, Any]]) -> str:
                 f"{row['samples']:,}",
                 str(row["group"]),
                 str(row["ranks"]),
+                f"{statistics.median(row['cpu_seconds']):.2f}",
+                f"{max(row['cpu_seconds']):.2f}",
                 f"{statistics.median(row['seconds']):.2f}",
-                f"{max(row['seconds']):.2f}",
                 f"{row['rows']:,}",
                 str(row["empty"]),
                 f"{row['fill']:.1%}",
@@ -160,17 +168,17 @@ def _planning(record: list[dict[str, Any]]) -> str:
                 f"{packing['tokens_per_s'] / 1e6:.0f}M" if packing else "-",
             ]
         )
-    header = ["samples", "group", "ranks", "plan, median s", "max", "rows", "empty", "fill"]
-    header += ["tensors, s per 100k samples", "tokens/s"]
+    header = ["samples", "group", "ranks", "plan, CPU s", "max", "wall s", "rows", "empty", "fill"]
+    header += ["tensors, CPU s per 100k samples", "tokens/s"]
     return "\n".join(
         [
             "## Planning",
             "",
             _prose(
-                """Which sample goes into which row on which rank, from lengths alone, in one thread. *Tensors*: `pack`
-                itself, which copies every token's id and positions (32 bytes a token) row by row, each before its
-                forward. *Fill*: tokens over rows times the budget; nothing is padded up to it, and whole groups are
-                coarser than single samples."""
+                """Which sample goes into which row on which rank, from lengths alone, in one thread: median and
+                slowest of three. *Tensors*: `pack` itself, which copies every token's id and positions (32 bytes a
+                token) row by row, each before its forward. *Fill*: tokens over rows times the budget; nothing is padded
+                up to it, and whole groups are coarser than single samples."""
             ),
             "",
             table(header, rows),
@@ -194,7 +202,7 @@ def _partitions(record: list[dict[str, Any]]) -> str:
                 f"{kk['seconds']:.3f}",
             ]
         )
-    header = ["samples", "ranks", "LPT: busiest rank", "KK", "LPT: rounds", "KK", "LPT: plan s", "KK"]
+    header = ["samples", "ranks", "LPT: busiest rank", "KK", "LPT: rounds", "KK", "LPT: plan CPU s", "KK"]
     return "\n".join(
         [
             "## LPT against Karmarkar-Karp",

@@ -174,8 +174,7 @@ def _units(workload: Workload, max_tokens: int, cost: CostModel) -> list[MicroBa
     if len(workload.prompt_of_B) == 0:
         return []
     rows_B = workload.response_rows_B
-    # Groups together, the longest responses first: equal groups are then cut in the same way, whatever their order.
-    order = np.lexsort((-rows_B, workload.prompt_of_B))
+    order = np.argsort(workload.prompt_of_B, kind="stable")
     sorted_prompts = workload.prompt_of_B[order]
     starts = np.flatnonzero(np.diff(sorted_prompts, prepend=-1))
     prompts = sorted_prompts[starts]

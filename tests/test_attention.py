@@ -173,6 +173,8 @@ def test_few_calls_for_small_sequences_and_little_padding_for_long_ones():
     assert len(short.sdpa.whole) == 1
     assert len(short.sdpa.continuations) == 3  # one for each prompt length
     lengths = torch.empty(64).log_normal_(6.5, 1.0, generator=generator).int().clamp(1, 8192).tolist()
+    group = layout_of([(5, [3, 900, 4])])
+    assert group.sdpa.whole == ((1, 905),)  # the longest response goes with its prompt: nothing of it is masked
     long = layout_of([(100, [length]) for length in lengths])
     assert long.sdpa.num_pairs / long.num_pairs < 1.07
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -89,18 +90,19 @@ def test_every_sample_once_within_the_budget_on_every_rank(groups, budget, num_r
 
 @given(GROUPS, st.integers(1, 200), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_order_of_samples_changes_no_rows_cost(groups, budget, num_ranks, order):
+    cost = replace(COST, patch=1000, patch_pair=7)
     prompts, responses = samples_of(groups)
     pairs = list(zip(prompts, responses, strict=True))
     order.shuffle(pairs)
     shuffled = [prompt for prompt, _ in pairs], [response for _, response in pairs]
 
     def costs(prompts, responses):
-        plan = plan_micro_batches(Workload.of(prompts, responses), budget, COST, num_ranks)
+        plan = plan_micro_batches(Workload.of(prompts, responses), budget, cost, num_ranks)
         return sorted([(batch.num_tokens, batch.flops) for batch in rank] for rank in plan)
 
     assert costs(*shuffled) == costs(prompts, responses)
-    again = plan_micro_batches(Workload.of(*shuffled), budget, COST, num_ranks)
-    assert again == plan_micro_batches(Workload.of(*shuffled), budget, COST, num_ranks)
+    again = plan_micro_batches(Workload.of(*shuffled), budget, cost, num_ranks)
+    assert again == plan_micro_batches(Workload.of(*shuffled), budget, cost, num_ranks)
 
 
 @given(GROUPS, st.integers(1, 200))
@@ -173,6 +175,22 @@ def test_rows_are_balanced_by_cost_where_the_budget_leaves_room(monkeypatch):
     by_tokens = plan_micro_batches(workload, 16_384, cost)
     assert len(balanced[0]) == len(by_tokens[0])
     assert spread(balanced) < 1.25 < spread(by_tokens)
+
+
+def test_of_equal_tokens_the_costlier_are_placed_first():
+    """Rows of 20 for images (costly) and texts of 10 tokens each: an image and a text in both, in whatever order."""
+    cost = CostModel(token=1, pair=0, patch=100)
+    for kinds in itertools.permutations(["image", "image", "text", "text"]):
+        prompts = [prompt_of(10, [(1, 1)] if kind == "image" else None) for kind in kinds]
+        (batches,) = plan_micro_batches(Workload.of(prompts, [1] * 4), 20, cost)
+        assert [batch.flops for batch in batches] == [420, 420]
+
+
+def test_the_budget_holds_where_cost_would_rather_not():
+    """One image costs more than three texts: all of them beside one another would be 30 tokens."""
+    prompts = [prompt_of(10, [(9, 9)]), *(prompt_of(10) for _ in range(3))]
+    batches = split_micro_batches(prompts, [1] * 4, 20, CostModel(token=1, pair=0, patch=100))
+    assert sorted(map(len, batches)) == [2, 2]
 
 
 def test_the_cost_of_images_and_long_prompts_counts():

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3VLForConditionalGeneration
 
+from copd_engine import branch as branch_module
+from copd_engine.branch import Branch
+from copd_engine.config import ObjectiveConfig, OptimConfig
 from copd_engine.micro_batches import split_micro_batches
 from copd_engine.models.base import Policy
+from copd_engine.objectives import TrainSample
 from copd_engine.packing import pack
-from copd_engine.types import EncodedPrompt
+from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
 from tests.helpers import prompts_of_all_domains, response_of, tiny_model
 from tests.model_inputs import example, image, video
 from tests.plain import plain_inputs
@@ -316,3 +320,40 @@ def test_planned_micro_batches_change_no_gradient(model, samples, expected, budg
     assert sorted(i for batch in batches for i in batch) == list(range(11))
     assert (len(batches) == 11) == (budget == 1)
     assert largest_error(loss_gradients(*model, samples, batches), expected) < 1e-5
+
+
+@pytest.mark.parametrize("budget", [1, 60, 200, 100_000])
+@pytest.mark.parametrize("pad", [1, 16])
+def test_ratios_of_a_branchs_first_update_are_exactly_1(model, samples, monkeypatch, budget, pad):
+    policy, encoder = model
+    branch = Branch(
+        "b",
+        policy.clone(),
+        encoder,
+        OptimConfig(max_tokens_per_micro_batch=budget, pad_to_multiple_of=pad),
+        ObjectiveConfig(),
+        temperature=0.7,
+    )
+    ratios = []
+
+    def keep(*args, **kwargs):
+        result = linear_policy_loss(*args, **kwargs)
+        ratios.append(result.ratio_T)
+        return result
+
+    monkeypatch.setattr(branch_module, "linear_policy_loss", keep)
+    metrics = branch.update(
+        [
+            TrainSample(
+                Rollout(RolloutRequest(prompt, i, i), ids_N, torch.zeros(len(ids_N)), "stop", 0),
+                "grpo",
+                1 / (len(samples) * len(ids_N)),
+                advantage,
+            )
+            for i, (prompt, ids_N, advantage) in enumerate(samples)
+        ]
+    )
+    assert sum(len(ratio_T) for ratio_T in ratios) == metrics["num_tokens"] == sum(len(ids) for _, ids, _ in samples)
+    assert all(torch.equal(ratio_T, torch.ones_like(ratio_T)) for ratio_T in ratios)
+    assert metrics["num_packed_tokens"] % pad == 0
+    assert branch.version == 1
