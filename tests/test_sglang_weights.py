@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from copd_engine.rollout.sglang_weights import ALIGNMENT, WeightList, buckets, word_sum
+from copd_engine.rollout.sglang_weights import ALIGNMENT, WeightList, buckets, checkpoint_shapes, word_sum
 
 
 def weight_list(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> WeightList:
     return WeightList(
+        {name: name for name in tensors},
         {name: (name,) for name in tensors},
         {name: dtype or tensor.dtype for name, tensor in tensors.items()},
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -56,7 +60,7 @@ def test_the_sum_of_a_whole_is_that_of_its_parts_and_notices_one_bit(dtype: torc
 
 
 def test_fused_parameters_are_the_sum_of_what_goes_into_them_and_tied_ones_count_in_each() -> None:
-    weights = WeightList({"q": ("qkv",), "k": ("qkv",), "embed": ("embed", "head")}, {}, {})
+    weights = WeightList({}, {"q": ("qkv",), "k": ("qkv",), "embed": ("embed", "head")}, {}, {})
     sums = {"q": 2**64 - 1, "k": 3, "embed": 7}
     assert weights.expected_sums(sums) == {"qkv": 2, "embed": 7, "head": 7}
 
@@ -76,24 +80,37 @@ def test_names_shapes_and_dtypes_are_checked() -> None:
             weights.check("a", wrong)
 
 
-def answer(**parameters: list[int]) -> dict:
+def answer() -> dict:
     entries = {"gate": "gate_up", "up": "gate_up", "embed": "embed"}
-    tensors = {name: {"parameters": [parameter], "dtype": "float32"} for name, parameter in entries.items()}
-    return {"tensors": tensors, "parameters": {"gate_up": [6, 4], "embed": [64, 4], **parameters}}
+    tensors = {name: {"as": name, "parameters": [parameter], "dtype": "float32"} for name, parameter in entries.items()}
+    return {"tensors": tensors, "parameters": {"gate_up": [6, 4], "embed": [64, 4]}}
 
 
-def test_the_engines_own_list_says_what_is_filled() -> None:
+def test_the_engines_own_list_says_what_it_takes() -> None:
     tensors = {"gate": torch.zeros(3, 4), "up": torch.zeros(3, 4), "embed": torch.zeros(35, 4)}
-    weights = WeightList.from_answers([answer()], tensors)  # a vocabulary of 35 is rounded up to 64
+    on_disk = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    weights = WeightList.from_answers([answer()], tensors, on_disk)  # a vocabulary of 35 is rounded up to 64
     assert weights.parameters_of["up"] == ("gate_up",)
-    for parameters in ({"gate_up": [7, 4]}, {"gate_up": [5, 4]}, {"embed": [128, 4]}, {"embed": [32, 4]}):
-        with pytest.raises(ValueError, match=r"has the shape \[.*would not fill"):
-            WeightList.from_answers([answer(**parameters)], tensors)
+    older = answer()
+    older["tensors"]["embed"]["as"] = "older.embed"
+    weights = WeightList.from_answers([older], tensors, {"older.embed": (35, 4)})
+    (bucket,) = buckets(tensors, weights, 1 << 20)
+    assert [entry[0] for entry in bucket.entries] == list(bucket.sums) == ["gate", "up", "older.embed"]
+    assert set(weights.expected_sums(bucket.sums)) == {"gate_up", "embed"}
+    with pytest.raises(ValueError, match=r"'embed' has the shape \[35, 4\], in the model .* from \[36, 4\]"):
+        WeightList.from_answers([older], tensors, {"older.embed": (36, 4)})
     refused = answer()
     refused["tensors"]["up"] = {"error": "the engine's has the shape [3, 5]"}
     with pytest.raises(ValueError, match=r"does not take 'up' of shape \[3, 4\]: the engine's has the shape \[3, 5\]"):
-        WeightList.from_answers([refused], tensors)
+        WeightList.from_answers([refused], tensors, {})
     unknown = answer()
-    unknown["tensors"]["up"] = {"parameters": [], "dtype": None}
+    del unknown["tensors"]["up"]
     with pytest.raises(ValueError, match="no weight 'up'"):
-        WeightList.from_answers([unknown], tensors)
+        WeightList.from_answers([unknown], tensors, {})
+
+
+def test_shapes_are_read_from_all_files_of_a_checkpoint(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(())}, tmp_path / "model-1.safetensors")
+    save_file({"c": torch.zeros(4)}, tmp_path / "model-2.safetensors")
+    assert checkpoint_shapes(tmp_path) == {"a": (2, 3), "b": (), "c": (4,)}
+    assert checkpoint_shapes(tmp_path / "nothing") == {}

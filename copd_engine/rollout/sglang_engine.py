@@ -81,7 +81,7 @@ class SglangEngine(RolloutEngine):
         self._arguments, self._environment = engine_arguments(
             folder, config, dtype, device, lora, num_experts, keep_weights=partly_frozen or lora is not None
         )
-        self._sender = WeightSender(config.bucket_mb << 20, config.tensor_parallel)
+        self._sender = WeightSender(Path(folder), config.bucket_mb << 20, config.tensor_parallel)
         self._experts: dict[str, _Weights] = {}
         self._counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
         self._num_failed_starts = 0

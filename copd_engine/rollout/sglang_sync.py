@@ -11,13 +11,17 @@ from typing import Any
 import torch
 
 from copd_engine.rollout.sglang_process import Host
-from copd_engine.rollout.sglang_weights import WeightList, as_payload, as_tensor, buckets
+from copd_engine.rollout.sglang_weights import WeightList, as_payload, as_tensor, buckets, checkpoint_shapes
 
 
 class WeightSender:
-    """Sends full weights in place, in buckets of ``bucket_bytes``, to ``num_ranks`` tensor-parallel ranks."""
+    """Sends full weights in place, in buckets of ``bucket_bytes``, to ``num_ranks`` tensor-parallel ranks.
 
-    def __init__(self, bucket_bytes: int, num_ranks: int) -> None:
+    ``model``: the folder that the engine is started from.
+    """
+
+    def __init__(self, model: Path, bucket_bytes: int, num_ranks: int) -> None:
+        self._model = model
         self._bucket_bytes = bucket_bytes
         self._num_ranks = num_ranks
         self._weights: WeightList | None = None
@@ -33,7 +37,7 @@ class WeightSender:
                 answers = self._ask(host, {"operation": "describe", "tensors": shapes})
             finally:
                 host.call("end_weight_update")
-            self._weights = WeightList.from_answers(answers, named_tensors)
+            self._weights = WeightList.from_answers(answers, named_tensors, checkpoint_shapes(self._model))
         self._weights.check(expert, named_tensors)
         return self._weights
 

@@ -12,16 +12,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from copd_engine.types import suggest
 
 #: Buckets are cut at tensors, whose first byte stands at a multiple of this.
 ALIGNMENT = 64
-#: sglang rounds vocabularies up to a multiple of this.
-VOCABULARY_PADDING = 64
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -41,30 +41,45 @@ def word_sum(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class WeightList:
-    """The engine's own list: which of its parameters each Hugging Face name goes to, and in which dtype."""
+    """The engine's own list, by transformers' names: the name that it takes each tensor under (``sent_as``), and which
+    of its parameters that goes to, in which dtype; ``parameters_of`` is by the names that are sent."""
 
+    sent_as: Mapping[str, str]
     parameters_of: Mapping[str, tuple[str, ...]]
     dtype_of: Mapping[str, torch.dtype]
     shape_of: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def from_answers(
-        cls, answers: Sequence[Mapping[str, Any]], named_tensors: Mapping[str, torch.Tensor]
+        cls,
+        answers: Sequence[Mapping[str, Any]],
+        named_tensors: Mapping[str, torch.Tensor],
+        checkpoint: Mapping[str, tuple[int, ...]],
     ) -> WeightList:
-        """From the ranks' answers about ``named_tensors``; ValueError for a name or shape that the engine refuses."""
+        """From the ranks' answers about ``named_tensors``; ValueError for a name or shape that the engine refuses.
+
+        ``checkpoint``: shapes of the tensors that the engine was started from, by name. sglang pads some weights, and
+        on a CPU pads whatever is too small.
+        """
         answer = answers[0]
         found: Mapping[str, Mapping[str, Any]] = answer["tensors"]
-        known = {name for name, entry in found.items() if entry.get("parameters")} | set(answer["parameters"])
-        for name, entry in found.items():
-            shape = list(named_tensors[name].shape)
-            if "error" in entry:
-                raise ValueError(f"sglang does not take {name!r} of shape {shape}: {entry['error']}")
-            if not entry["parameters"]:
-                raise ValueError(f"sglang's model has no weight {name!r}{suggest(name, known)}")
-        if len(answers) == 1:
-            _check_sizes(answer, named_tensors)
+        for name, tensor in named_tensors.items():
+            if name not in found:
+                raise ValueError(
+                    f"sglang's model has no weight {name!r}{suggest(name, {*found, *answer['parameters']})}"
+                )
+            if "error" in found[name]:
+                shape = list(tensor.shape)
+                raise ValueError(f"sglang does not take {name!r} of shape {shape}: {found[name]['error']}")
+            shape_on_disk = checkpoint.get(found[name]["as"], tuple(tensor.shape))
+            if shape_on_disk != tuple(tensor.shape):
+                raise ValueError(
+                    f"{name!r} has the shape {list(tensor.shape)}, in the model that sglang started from "
+                    f"{list(shape_on_disk)}"
+                )
         return cls(
-            {name: tuple(entry["parameters"]) for name, entry in found.items()},
+            {name: entry["as"] for name, entry in found.items()},
+            {entry["as"]: tuple(entry["parameters"]) for entry in found.values()},
             {name: getattr(torch, entry["dtype"]) for name, entry in found.items()},
             {name: tuple(tensor.shape) for name, tensor in named_tensors.items()},
         )
@@ -96,20 +111,13 @@ class WeightList:
         return expected
 
 
-def _check_sizes(answer: Mapping[str, Any], named_tensors: Mapping[str, torch.Tensor]) -> None:
-    """That each parameter is filled exactly; on a CPU sglang pads what is too small, and only complains of the rest."""
-    filled: dict[str, list[str]] = {}
-    for name, entry in answer["tensors"].items():
-        for parameter in entry["parameters"]:
-            filled.setdefault(parameter, []).append(name)
-    for parameter, names in filled.items():
-        shape = answer["parameters"][parameter]
-        missing = torch.Size(shape).numel() - sum(named_tensors[name].numel() for name in names)
-        row = torch.Size(shape[1:]).numel()
-        # Only a vocabulary may be smaller: sglang rounds it up.
-        if missing and not (len(names) == 1 and 0 < missing < VOCABULARY_PADDING * row and missing % row == 0):
-            given = ", ".join(f"{name!r} {list(named_tensors[name].shape)}" for name in names)
-            raise ValueError(f"sglang's {parameter!r} has the shape {shape}, which {given} would not fill")
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a folder's safetensors files, by the names there; their headers alone are read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -159,8 +167,9 @@ def _fill(names: list[str], size: int, tensors: Mapping[str, torch.Tensor], weig
         end = start + tensor.numel() * dtype.itemsize
         view = flat[start:end].view(dtype).view(shape)
         view.copy_(tensor)
-        entries.append((name, shape, dtype_name(dtype), start, end))
-        sums[name] = word_sum(tensor.to(dtype))
+        sent = weights.sent_as[name]
+        entries.append((sent, shape, dtype_name(dtype), start, end))
+        sums[sent] = word_sum(tensor.to(dtype))
         start += _padded_bytes(name, weights)
     return Bucket(flat, tuple(entries), sums)
 

@@ -103,23 +103,32 @@ def load(model: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
 
 def _describe(model: Any, request: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What loading tensors of these names and shapes would write, found by sglang's own loading code; nothing is
-    changed."""
+    changed. ``as``: the name under which sglang takes a tensor, which is the one of the hub's checkpoints."""
     parameters = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+    device = next(model.parameters()).device
     found: dict[str, Any] = {}
     for name, shape in request["tensors"]:
-        source = torch.zeros((), device=next(model.parameters()).device).expand(shape)
-        try:
-            with torch.no_grad(), _Writes() as writes:
-                model.load_weights([(name, source)])
-        except Exception as error:
-            found[name] = {"error": str(error) or type(error).__name__}
-            continue
-        taken = [(parameters[storage], dtype) for storage, dtype in writes.seen if storage in parameters]
-        found[name] = {
-            "parameters": sorted({parameter for parameter, _ in taken}),
-            "dtype": dtype_name(taken[0][1]) if taken else None,
-        }
+        for alias in _aliases(name):
+            try:
+                with torch.no_grad(), _Writes() as writes:
+                    model.load_weights([(alias, torch.zeros((), device=device).expand(shape))])
+            except KeyError:  # how some models meet a name that they do not know
+                continue
+            except Exception as error:
+                found[name] = {"error": str(error) or type(error).__name__}
+                break
+            taken = [(parameters[storage], dtype) for storage, dtype in writes.seen if storage in parameters]
+            if taken:
+                names = sorted({parameter for parameter, _ in taken})
+                found[name] = {"as": alias, "parameters": names, "dtype": dtype_name(taken[0][1])}
+                break
     return {"tensors": found, "parameters": {name: list(p.shape) for name, p in model.named_parameters()}}
+
+
+def _aliases(name: str) -> list[str]:
+    """A parameter's name in transformers, and in the older checkpoints by which sglang knows some models."""
+    older = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+    return list(dict.fromkeys((name, older)))
 
 
 class _Writes(TorchDispatchMode):
