@@ -23,6 +23,7 @@ from copd_engine.rollout.sglang_sync import WeightSender
 from copd_engine.types import Rollout, RolloutRequest
 
 logger = logging.getLogger(__name__)
+IDLE_TIMEOUT_S = 60.0
 SLEEP_TAGS = ["kv_cache", "weights", "cuda_graph"]
 COUNTS = (
     "num_rollouts",
@@ -106,6 +107,7 @@ class SglangEngine(RolloutEngine):
             begin = time.perf_counter()
             if self._lora is None:
                 self._sender.check(self._host, expert, weights.named_tensors)
+                self._wait_until_idle()
                 self._labels.clear()  # undefined until all is sent
                 num_bytes = self._sender.send(self._host, expert, weights.named_tensors, label)
             else:
@@ -219,17 +221,37 @@ class SglangEngine(RolloutEngine):
 
     def sleep(self) -> None:
         """On a CPU the memory is kept; the caches are emptied."""
-        if self._asleep:
-            return
-        self._host.call("release_memory_occupation", SLEEP_TAGS)
-        self._asleep = True
+        while not self._asleep:
+            try:
+                self._wait_until_idle()
+                self._host.call("release_memory_occupation", SLEEP_TAGS)
+                self._asleep = True
+            except EngineDiedError as error:
+                self._restart(error)
+
+    def _wait_until_idle(self) -> None:
+        """sglang is busy for a moment after its last answer, and longer with what was aborted; a scheduler that is told
+        to sleep meanwhile dies, and weights that are replaced meanwhile leave the old ones' cache."""
+        deadline = time.monotonic() + IDLE_TIMEOUT_S
+        while True:
+            try:
+                return self._host.call("flush_cache")  # refused while anything runs
+            except EngineDiedError:
+                raise
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def wake(self) -> None:
         if not self._asleep:
             return
-        self._host.call("resume_memory_occupation", SLEEP_TAGS)
-        for label in self._labels.values() if self._lora is not None else ():
-            self._host.call("unload_lora_adapter", label)
+        try:
+            self._host.call("resume_memory_occupation", SLEEP_TAGS)
+            for label in self._labels.values() if self._lora is not None else ():
+                self._host.call("unload_lora_adapter", label)
+        except EngineDiedError as error:
+            self._restart(error)
         self._forget()  # the weights' memory comes back without their values
 
     def stats(self) -> dict[str, float]:
