@@ -140,12 +140,12 @@ def sdpa_paged(
     num_kv_heads = key.shape[1]
     # The query heads that share a key are that key's queries: nothing is repeated.
     query_BHGd = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    key_rows, value_rows = key.view(-1, PAGE * head_dim), value.view(-1, PAGE * head_dim)
     outputs: list[torch.Tensor] = []
     for (start, stop, width), index in zip(layout.calls, layout.gather_indexes(num_kv_heads), strict=True):
-        k, v = (
-            x.view(-1, PAGE * head_dim).index_select(0, index).view(stop - start, num_kv_heads, width * PAGE, head_dim)
-            for x in (key, value)
-        )
+        shape = (stop - start, num_kv_heads, width * PAGE, head_dim)
+        k = layout.gather("key", key_rows, index).view(shape)
+        v = layout.gather("value", value_rows, index).view(shape)
         mask = layout.mask_BL[start:stop, None, None, : width * PAGE]
         out = scaled_dot_product_attention(query_BHGd[start:stop], k, v, attn_mask=mask, scale=scaling)
         outputs.append(out)
@@ -256,9 +256,8 @@ def varlen_paged(
     (flash-attn 2), of which a short response would waste most.
     """
     index_N, starts, longest = layout.varlen(key.shape[1])
-    key_SKd, value_SKd = (
-        x.view(-1, x.shape[3]).index_select(0, index_N).view(-1, x.shape[1], x.shape[3]) for x in (key, value)
-    )
+    key_SKd = layout.gather("key", key.view(-1, key.shape[3]), index_N).view(-1, *key.shape[1::2])
+    value_SKd = layout.gather("value", value.view(-1, value.shape[3]), index_N).view(-1, *value.shape[1::2])
     one = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
     out = kernel(query.squeeze(2), key_SKd, value_SKd, one, starts, 1, longest, softmax_scale=scaling, causal=True)
     return (out[0] if isinstance(out, tuple) else out).unsqueeze(1)

@@ -158,7 +158,8 @@ def _places(segments: Sequence[tuple[int, int, Sequence[int]]]) -> torch.Tensor:
 
 @dataclass(eq=False)
 class CachedSequence:
-    """Where a sequence's keys and values are: the prompt's pages, then ``num_tokens`` tokens on pages of its own."""
+    """Where a sequence's keys and values are: the prompt's pages, then pages of its own, on which ``num_tokens`` tokens
+    stood when it was added to a :class:`DecodeCache`, which counts on from there."""
 
     prompt_pages: Sequence[int]
     prompt_tokens: int
@@ -181,75 +182,98 @@ class DecodeCache:
         self.layout: DecodeLayout | None = None
         self._pool = pool
         self._pages_BP = self._mask_BL = torch.empty(0, 0)
+        self._number_B = self._page_B = self._within_B = self._own_column_B = self._num_tokens_B = torch.empty(0)
+        self._arranged_at: list[int] = []  # each row's tokens when the rows were arranged
+        self._steps = 0  # since then
+        self._next_page_at = 0  # the step in which a row begins its next page
         self._calls: tuple[tuple[int, int, int], ...] = ()
-        self._page_B = self._within_B = torch.empty(0)
+        self._buffers: dict[str, torch.Tensor] = {}
         self._slot_HM: torch.Tensor | None = None
 
     def arrange(self, rows: Sequence[CachedSequence]) -> None:
         """Decode these sequences from now on; those that were here before keep their place in the tables."""
-        key = self._pool.layers[0][0]
+        pool = self._pool.layers[0][0]
         old = {id(row): number for number, row in enumerate(self.rows)}
+        kept_tokens = [known + self._steps for known in self._arranged_at]
         self.rows = sorted(rows, key=lambda row: row.num_pages, reverse=True)
-        # Room for two more pages each: the tables grow seldom.
-        width = self.rows[0].num_pages + 2
-        first_B1 = torch.tensor([[row.prompt_pages[0]] for row in self.rows])
-        pages_BP = first_B1.expand(-1, width).clone().to(key.device)
-        mask_BL = key.new_full((len(self.rows), width * PAGE), float("-inf"))
-        kept = [(number, old[id(row)]) for number, row in enumerate(self.rows) if id(row) in old]
-        if kept:
-            to, origin = torch.tensor(kept, device=key.device).T
-            common = min(width, self._pages_BP.shape[1])
-            pages_BP[to, :common] = self._pages_BP[origin, :common]
-            mask_BL[to, : common * PAGE] = self._mask_BL[origin, : common * PAGE]
-        new = [number for number, row in enumerate(self.rows) if id(row) not in old]
+        origin = [old.get(id(row), -1) for row in self.rows]
+        self._arranged_at = [
+            row.num_tokens if number < 0 else kept_tokens[number] for row, number in zip(self.rows, origin, strict=True)
+        ]
+        own_column = [len(row.prompt_pages) * PAGE for row in self.rows]
+        origin_B, self._own_column_B, self._num_tokens_B = torch.tensor(
+            [origin, own_column, self._arranged_at], device=pool.device
+        )
+        self._number_B = torch.arange(len(self.rows), device=pool.device)
+        self._steps = self._next_page_at = 0
+        new = [number for number, known in enumerate(origin) if known < 0]
+        if len(new) < len(self.rows):
+            self._pages_BP, self._mask_BL = (x[origin_B] for x in (self._pages_BP, self._mask_BL))
+        else:
+            self._pages_BP = torch.empty(len(new), 0, dtype=torch.int64, device=pool.device)
+            self._mask_BL = pool.new_empty(len(new), 0)
+        self._fit(self.rows[0].num_pages)
         if new:
-            table, bounds = [], []
-            for row in (self.rows[number] for number in new):
-                pages = [*row.prompt_pages, *row.pages]
-                table.append(pages + pages[:1] * (width - len(pages)))
-                start = len(row.prompt_pages) * PAGE
-                bounds.append((row.prompt_tokens, start, start + row.num_tokens))
-            number_N = torch.tensor(new, device=key.device)
-            pages_BP[number_N] = torch.tensor(table, device=key.device)
-            prompt_N1, start_N1, stop_N1 = torch.tensor(bounds, device=key.device).T[:, :, None]
-            column_L = torch.arange(mask_BL.shape[1], device=key.device)
-            visible_NL = (column_L < prompt_N1) | ((column_L >= start_N1) & (column_L < stop_N1))
-            mask_BL[number_N] = torch.zeros_like(mask_BL[number_N]).masked_fill_(~visible_NL, float("-inf"))
-        self._pages_BP, self._mask_BL, self._calls = pages_BP, mask_BL, ()
+            self._enter(torch.tensor(new, device=pool.device), [self.rows[number] for number in new])
+
+    def _fit(self, num_pages: int) -> None:
+        """Tables of that many pages at least, and not of many more."""
+        width = self._pages_BP.shape[1]
+        if num_pages <= width <= 2 * num_pages + 2:
+            return
+        missing = num_pages + num_pages // 8 + 1 - width  # they grow seldom
+        if missing > 0:
+            self._pages_BP = torch.nn.functional.pad(self._pages_BP, (0, missing))
+            self._mask_BL = torch.nn.functional.pad(self._mask_BL, (0, missing * PAGE), value=float("-inf"))
+            # What is masked is read all the same, so it should be a page of the sequence's own.
+            first_B1 = torch.tensor([[row.prompt_pages[0]] for row in self.rows], device=self._pages_BP.device)
+            self._pages_BP[:, width:] = first_B1
+        else:
+            self._pages_BP = self._pages_BP[:, : width + missing]
+            self._mask_BL = self._mask_BL[:, : (width + missing) * PAGE]
+
+    def _enter(self, number_N: torch.Tensor, rows: Sequence[CachedSequence]) -> None:
+        """Fill in the tables for these rows."""
+        device, width = self._pages_BP.device, self._pages_BP.shape[1]
+        table, bounds = [], []
+        for row in rows:
+            pages = [*row.prompt_pages, *row.pages]
+            table.append(pages + pages[:1] * (width - len(pages)))
+            start = len(row.prompt_pages) * PAGE
+            bounds.append((row.prompt_tokens, start, start + row.num_tokens))
+        self._pages_BP[number_N] = torch.tensor(table, device=device)
+        prompt_N1, start_N1, stop_N1 = torch.tensor(bounds, device=device).T[:, :, None]
+        column_L = torch.arange(width * PAGE, device=device)
+        visible_NL = (column_L < prompt_N1) | ((column_L >= start_N1) & (column_L < stop_N1))
+        mask_NL = self._mask_BL.new_zeros(visible_NL.shape).masked_fill_(~visible_NL, float("-inf"))
+        self._mask_BL[number_N] = mask_NL
 
     def advance(self) -> None:
         """Make room for one more token of every row, on pages that the rows have already."""
         self._pool.prepare()
-        device = self._pages_BP.device
-        pages: list[int] = []
-        withins: list[int] = []
-        columns: list[int] = []
-        begun: list[int] = []  # rows whose token is the first of a page
-        for number, row in enumerate(self.rows):
-            page, within = divmod(row.num_tokens, PAGE)
-            pages.append(row.pages[page])
-            withins.append(within)
-            columns.append(len(row.prompt_pages) * PAGE + row.num_tokens)
-            row.num_tokens += 1
-            if within == 0:
-                begun.append(number)
-        self._page_B, self._within_B, column_B = torch.tensor([pages, withins, columns], device=device)
-        if begun or not self._calls:
-            missing = max(columns) // PAGE + 1 - self._pages_BP.shape[1]
-            if missing > 0:
-                wider = missing + self._pages_BP.shape[1] // 8
-                self._pages_BP = torch.cat([self._pages_BP, self._pages_BP[:, :1].expand(-1, wider)], dim=1)
-                self._mask_BL = torch.nn.functional.pad(self._mask_BL, (0, wider * PAGE), value=float("-inf"))
-            begun_N = torch.tensor(begun, dtype=torch.int64, device=device)
-            self._pages_BP[begun_N, column_B[begun_N] // PAGE] = self._page_B[begun_N]
-            num_pages = [column // PAGE + 1 for column in columns]
-            self._calls = plan_calls(num_pages, self._pool.page_bytes, call_bytes(device))
-            self.layout = None
-        self._mask_BL[torch.arange(len(self.rows), device=device), column_B] = 0
+        known: dict[int, list[torch.Tensor]] = {}
+        if self._steps == self._next_page_at:
+            self._turn_pages()
+        elif self.layout is not None:  # the same pages as in the last step
+            known = self.layout._indexes
+        self._within_B = self._num_tokens_B % PAGE
+        self._mask_BL[self._number_B, self._own_column_B + self._num_tokens_B] = 0
+        self._num_tokens_B = self._num_tokens_B + 1
+        self._steps += 1
         self._slot_HM = None
-        # The same indexes as long as no page was begun; the mask is one tensor, opened in place.
-        known = {} if self.layout is None else self.layout._indexes
-        self.layout = DecodeLayout(self._pages_BP, self._mask_BL, self._calls, known)
+        self.layout = DecodeLayout(self._pages_BP, self._mask_BL, self._calls, self._buffers, known)
+
+    def _turn_pages(self) -> None:
+        """Enter the pages that rows begin in this step."""
+        device = self._pages_BP.device
+        num_tokens = [known + self._steps for known in self._arranged_at]
+        columns = [len(row.prompt_pages) + num // PAGE for row, num in zip(self.rows, num_tokens, strict=True)]
+        pages = [row.pages[num // PAGE] for row, num in zip(self.rows, num_tokens, strict=True)]
+        self._fit(max(columns) + 1)
+        self._page_B, column_B = torch.tensor([pages, columns], device=device)
+        self._pages_BP[self._number_B, column_B] = self._page_B
+        self._calls = plan_calls([column + 1 for column in columns], self._pool.page_bytes, call_bytes(device))
+        self._next_page_at = self._steps + min(PAGE - num % PAGE for num in num_tokens)
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object

@@ -20,7 +20,7 @@ CPU_CALL_BYTES = 2 << 20
 #: A GPU wants all at once; this bounds the copy.
 GPU_CALL_BYTES = 256 << 20
 #: Padding that costs as much as one more call.
-PADDING_BYTES = 256 << 10
+PADDING_BYTES = 512 << 10
 #: Beyond that, the share of a call's pages that may be padding.
 PADDING_SHARE = 1 / 16
 
@@ -31,11 +31,13 @@ class DecodeLayout:
 
     ``pages_BP`` int64: the pages of each sequence in order, then any page of its own; ``mask_BL`` additive, 0 or -inf,
     ``[B, P * PAGE]``: which tokens of them it sees. ``calls``: (first row, last row + 1, pages) of each call.
+    ``_buffers``: memory that the steps share.
     """
 
     pages_BP: torch.Tensor
     mask_BL: torch.Tensor
     calls: tuple[tuple[int, int, int], ...]
+    _buffers: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     _indexes: dict[int, list[torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _varlen: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -48,6 +50,16 @@ class DecodeLayout:
                 for start, stop, width in self.calls
             ]
         return self._indexes[num_heads]
+
+    def gather(self, name: str, pages: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """``pages.index_select(0, index)`` in memory that the next gather under the same ``name`` overwrites.
+
+        Fresh memory for each call can cost as much as all the rest: the system hands it out page by page.
+        """
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(index) or buffer.shape[1:] != pages.shape[1:]:
+            self._buffers[name] = buffer = pages.new_empty(len(index), *pages.shape[1:])
+        return torch.index_select(pages, 0, index, out=buffer[: len(index)])
 
     def varlen(self, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """For flash-attn: int64 ``[S * num_heads]``, the rows of ``[pages * num_heads * PAGE, head_dim]`` that hold the

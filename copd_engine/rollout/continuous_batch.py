@@ -55,7 +55,8 @@ class ContinuousBatch:
         self._counts = counts
         self._cache = DecodeCache(pool)
         self._rows: list[ActiveRequest] = []  # in the cache's order
-        self._arranged = True
+        self._arranged = False
+        self._token_B = self._position_B = torch.empty(0)
         self._suppressed = torch.tensor(encoder.suppressed_token_ids, dtype=torch.int64, device=policy.device)
         self._device = policy.device
 
@@ -83,7 +84,7 @@ class ContinuousBatch:
         self._note_use()
         new = [request for request in admitted if not request.token_ids]
         hidden_D = [request.entered[0].hidden_D for request in new]
-        return self._draw(new, torch.stack([x for x in hidden_D if x is not None])) if new else []
+        return self._draw(new, torch.stack([x for x in hidden_D if x is not None]))[1] if new else []
 
     def _prefill(self, requests: Sequence[ActiveRequest]) -> None:
         """One packed forward; a prompt's keys and values are kept once, those of a response so far with its owner."""
@@ -121,22 +122,32 @@ class ContinuousBatch:
         self._counts.num_prefill_tokens += batch.num_tokens
 
     def _decode(self) -> list[ActiveRequest]:
-        cache = self._cache
-        if not self._arranged:
-            owners = {id(request.place): request for request in self._scheduler.running}
-            cache.arrange([request.entered[1] for request in self._scheduler.running])
-            self._rows = [owners[id(row)] for row in cache.rows]
-            self._arranged = True
-        rows = self._rows
-        cache.advance()
-        last = [[r.token_ids[-1] for r in rows], [r.request.prompt.next_position + len(r.token_ids) - 1 for r in rows]]
-        token_B, position_B = torch.tensor(last, device=self._device)
+        if self._arranged:
+            self._position_B = self._position_B + 1
+        else:
+            self._arrange()
+        self._cache.advance()
+        hidden_BD = self._policy.decode_step(self._token_B, self._position_B, self._cache)
         self._counts.num_decode_steps += 1
-        self._counts.num_running += len(rows)
-        return self._draw(rows, self._policy.decode_step(token_B, position_B, cache))
+        self._counts.num_running += len(self._rows)
+        self._token_B, finished = self._draw(self._rows, hidden_BD)
+        return finished
 
-    def _draw(self, requests: Sequence[ActiveRequest], hidden_BD: torch.Tensor) -> list[ActiveRequest]:
+    def _arrange(self) -> None:
+        """Bring those who run now, their last tokens and positions in the cache's order."""
+        owners = {id(request.place): request for request in self._scheduler.running}
+        self._cache.arrange([request.entered[1] for request in self._scheduler.running])
+        self._rows = [owners[id(row)] for row in self._cache.rows]
+        tokens = [request.token_ids[-1] for request in self._rows]
+        positions = [request.request.prompt.next_position + request.num_cached_tokens for request in self._rows]
+        self._token_B, self._position_B = torch.tensor([tokens, positions], device=self._device)
+        self._arranged = True
+
+    def _draw(
+        self, requests: Sequence[ActiveRequest], hidden_BD: torch.Tensor
+    ) -> tuple[torch.Tensor, list[ActiveRequest]]:
         """The next token of each and its log-prob under the policy at the sampling temperature; who is complete leaves.
+        Returns the tokens, and who left.
 
         Suppressed ids are left out of the draw; the log-prob is the policy's own over the whole vocabulary, as the
         trainer computes it.
@@ -144,9 +155,9 @@ class ContinuousBatch:
         policy, temperature = self._policy, self._sampling.temperature
         logits_BV = torch.nn.functional.linear(hidden_BD, policy.lm_head_weight, policy.lm_head_bias).float()
         logp_BV = torch.log_softmax(logits_BV / (temperature or 1.0), dim=-1)
-        uniform = [request.stream.next() for request in requests]
+        uniform = [next(request.uniforms) for request in requests]
         uniform_B = torch.tensor(uniform, dtype=torch.float64, device=self._device)
-        greedy_B = torch.full((len(requests),), temperature == 0, device=self._device)
+        greedy_B = None if temperature else torch.ones_like(uniform_B, dtype=torch.bool)
         token_B = draw(logp_BV, uniform_B, greedy_B, self._suppressed)
         token_logp_B = logp_BV.gather(1, token_B[:, None]).squeeze(1)
         finished = []
@@ -160,7 +171,7 @@ class ContinuousBatch:
             self._arranged = False
         self._counts.num_tokens += len(requests)
         self._counts.num_rollouts += len(finished)
-        return finished
+        return token_B, finished
 
     def _note_use(self) -> None:
         self._counts.cached_tokens = max(self._counts.cached_tokens, self._pool.num_used * PAGE)

@@ -23,19 +23,18 @@ def uniforms(seed_B: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
 
 
 def draw(
-    logp_BV: torch.Tensor, uniform_B: torch.Tensor, greedy_B: torch.Tensor, suppressed: torch.Tensor
+    logp_BV: torch.Tensor, uniform_B: torch.Tensor, greedy_B: torch.Tensor | None, suppressed: torch.Tensor
 ) -> torch.Tensor:
     """Token ids int64 ``[B]`` from log-probs ``[B, V]``; ids in ``suppressed`` int64 are left out of the draw.
 
-    Rows of ``greedy_B`` (bool) take the most likely token.
+    Rows of ``greedy_B`` (bool; None for no row) take the most likely token.
     """
     allowed_BV = logp_BV.index_fill(1, suppressed, float("-inf"))
-    most_likely_B = allowed_BV.argmax(-1)
     cumulative_BV = allowed_BV.double().exp_().cumsum_(-1)
     threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     # clamp: a row of NaN has no place for the threshold
     drawn_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1).clamp_(max=logp_BV.shape[1] - 1)
-    return torch.where(greedy_B, most_likely_B, drawn_B)
+    return drawn_B if greedy_B is None else torch.where(greedy_B, allowed_BV.argmax(-1), drawn_B)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

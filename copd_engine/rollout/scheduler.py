@@ -8,14 +8,14 @@ preempted: it gives its pages back, waits in front, and is computed again later 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from copd_engine.models.cache import CachedSequence, PagePool, pages_of
 from copd_engine.models.decode_layout import PAGE
-from copd_engine.rollout.uniform_stream import UniformStream
+from copd_engine.rollout.uniform_stream import uniform_stream
 from copd_engine.types import EncodedPrompt, RolloutRequest
 
 #: Tokens of a prefill. A longer prompt is prefilled alone.
@@ -41,7 +41,7 @@ class ActiveRequest:
 
     index: int
     request: RolloutRequest
-    stream: UniformStream
+    uniforms: Iterator[float]
     token_ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     cached_prompt: CachedPrompt | None = None
@@ -60,6 +60,11 @@ class ActiveRequest:
         return self.cached_prompt, self.place
 
     @property
+    def room(self) -> int:
+        """How many more tokens its pages hold."""
+        return len(self.entered[1].pages) * PAGE - self.num_cached_tokens
+
+    @property
     def needs_prefill(self) -> bool:
         return bool(self.token_ids) or self.entered[0].hidden_D is None
 
@@ -74,13 +79,14 @@ class Scheduler:
         for index, request in enumerate(requests):
             first.setdefault(id(request.prompt), index)
         order = sorted(range(len(requests)), key=lambda index: first[id(requests[index].prompt)])
-        self.waiting = deque(ActiveRequest(i, requests[i], UniformStream(requests[i].seed)) for i in order)
+        self.waiting = deque(ActiveRequest(i, requests[i], uniform_stream(requests[i].seed)) for i in order)
         self.running: list[ActiveRequest] = []
         self.num_preempted = 0
         self._pool = pool
         self._max_running = max_running
         self._max_new_tokens = max_new_tokens
         self._prompts: dict[int, CachedPrompt] = {}
+        self._steps_with_room = 0  # so many steps need no page
         self._num_waiting = Counter(id(request.prompt) for request in requests)
 
     def admit(self) -> list[ActiveRequest]:
@@ -118,23 +124,28 @@ class Scheduler:
                 cached.pages, prompt.num_tokens, self._pool.take(own), request.num_cached_tokens
             )
             self.running.append(request)
+            self._steps_with_room = 0
             admitted.append(request)
         return admitted
 
     def extend(self) -> bool:
         """A page for everyone whose next token needs one; True when someone was preempted for it."""
-        growing = [p for p in (request.entered[1] for request in self.running) if p.num_tokens == len(p.pages) * PAGE]
-        if self._make_room(len(growing)):
-            for place, page in zip(growing, self._pool.take(len(growing)), strict=True):
-                place.pages.append(page)
+        if self._steps_with_room > 0:
+            self._steps_with_room -= 1
             return False
         before = self.num_preempted
-        number = 0
-        while number < len(self.running):
-            place = self.running[number].entered[1]
-            if place.num_tokens == len(place.pages) * PAGE and self._free_one(number):
-                place.pages += self._pool.take(1)
-            number += 1
+        growing = [request for request in self.running if request.room == 0]
+        if self._make_room(len(growing)):
+            for request, page in zip(growing, self._pool.take(len(growing)), strict=True):
+                request.entered[1].pages.append(page)
+        else:
+            number = 0
+            while number < len(self.running):
+                request = self.running[number]
+                if request.room == 0 and self._free_one(number):
+                    request.entered[1].pages += self._pool.take(1)
+                number += 1
+        self._steps_with_room = min((request.room for request in self.running), default=1) - 1
         return self.num_preempted > before
 
     def finish(self, requests: Sequence[ActiveRequest]) -> None:

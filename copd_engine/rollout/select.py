@@ -49,7 +49,7 @@ def create_engine(
     kind = resolve_engine(rollout.engine, device)
     logger.info("rollout engine: %s", kind)
     if kind == "embedded":
-        engine: RolloutEngine = EmbeddedEngine(policies, encoder)
+        engine: RolloutEngine = EmbeddedEngine(policies, encoder, rollout.max_running, rollout.max_cached_tokens)
     else:
         from copd_engine.rollout.sglang_engine import SglangEngine
 
