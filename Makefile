@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Processes of the tests, each with one thread; the tests of one sglang engine stay in one of them.
+TEST_JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
 .PHONY: demo demo-llm test test-all check format bench bench-kernels bench-packing bench-gpu clean
@@ -13,10 +16,10 @@ demo-llm: $(VENV)/.installed-llm
 	$(BIN)/copd train configs/smollm2.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

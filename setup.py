@@ -88,7 +88,7 @@ EXTRAS = {
     "llm": ["gguf", "accelerate", "reasoning-gym", "math-verify"],
     "lora": ["peft"],
     "tensorboard": ["tensorboard"],
-    "gpu": ["triton", "flash-attn", "liger-kernel"],
+    "gpu": ["triton", "flash-attn>=2.1", "liger-kernel"],
     "sglang": ["sglang>=0.5.21,<0.5.24"],
     # The peers of benchmarks/bench_kernels.py. verl is one too, but the Makefile installs it without its dependencies:
     # they are ray, hydra and an older transformers, and only the file of its kernel is used.

@@ -2,8 +2,8 @@
 
 ``checkpoints/step-000020/`` holds ``model-BRANCH.safetensors`` (the trained weights, the fp32 masters of a bf16 model;
 frozen ones are the base's), ``optim-BRANCH.safetensors`` (AdamW's moments) and ``manifest.json`` (step, versions, data
-cursors, SHA-256 of each file and of the manifest itself). A folder without a manifest whose hashes hold is never resumed
-from, so a kill at any moment leaves the last complete one.
+cursors, SHA-256 of each file and of the manifest itself). A folder without a manifest whose hashes hold is never
+resumed from, so a kill at any moment leaves the last complete one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """fp32 master weights of a model that computes in 16 bits.
 
-A bf16 weight has 8 bits of precision: an update below 1/256 of it is lost in rounding, and at RL's learning rates (1e-6)
-nearly every update is. The optimizer therefore steps fp32 copies, which are rounded into the model after each step;
-gradients of several micro-batches are summed in fp32 too (Micikevicius et al., arXiv 1710.03740, section 3.1).
+A bf16 weight has 8 bits of precision: an update below 1/256 of it is lost in rounding, and at RL's learning rates
+(1e-6) nearly every update is. The optimizer therefore steps fp32 copies, which are rounded into the model after each
+step; gradients of several micro-batches are summed in fp32 too (Micikevicius et al., arXiv 1710.03740, section 3.1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 class MasterWeights:
     """Master copies by name. A parameter that is fp32 (or wider) already is its own master: nothing is copied.
 
-    From construction on, backward moves the gradients of 16-bit parameters into their masters' ``grad`` (fp32). Clip and
+    From construction on, backward moves the gradients of 16-bit parameters into their masters' ``grad``, fp32. Clip and
     step ``tensors``, then call :meth:`round_into_model`.
     """
 

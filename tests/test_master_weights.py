@@ -1,4 +1,4 @@
-"""fp32 masters of bf16 weights: small updates are not lost, gradients sum in fp32, checkpoints resume to the same bits."""
+"""fp32 masters of bf16 weights: small updates are kept, gradients sum in fp32, checkpoints resume to the same bits."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_updates_below_the_rounding_of_bf16_add_up():
 
 
 def test_a_bf16_branch_follows_adamw_on_its_own_gradients(model, samples):
-    """Three updates: the masters are those of AdamW in fp32 fed with the same gradients, the model is their rounding."""
+    """Three updates: the masters are those of AdamW in fp32 with the same gradients, the model is their rounding."""
     branch = branch_of(bf16(model[0]), model[1], max_grad_norm=1e9)
     start = {name: p.detach().float() for name, p in branch.parameters.items()}
     by_hand = {name: nn.Parameter(value.clone()) for name, value in start.items()}
