@@ -21,6 +21,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
              "rollout": {"text": {"reward_mean": x, "reward_terms": {"verifier": x}, "response_tokens_mean": x,
                                   "truncated_fraction": x, "zero_variance_groups": n, "num_groups": n,
                                   "too_long_truncated": n, "too_long_dropped": n,     # by optim.too_long
+                                  "requests_lost": n,  # by the rollout engine
                                   "prompts_skipped": n}}}},  # since the start; by domain of the prompts
          "diagnostics": null | {"pairs": [           # ordered pairs, measured after the step's update
              {"student": "text", "teacher": "image", "overlap": x, "sum_min": x, "kl_student_teacher": x,
@@ -28,6 +29,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
          "evaluate": null | {"text": {"text": x, "image": x, "average": x}},          # branch -> domain -> accuracy
          "system": {"rss_bytes": n, "gpu": null | [{"memory_used_bytes": n, "memory_total_bytes": n,
                                                     "utilization_percent": x, "power_w": x}]},
+         "rollout_engine": {...},                 # RolloutEngine.stats() of the step: counts, bytes, seconds
          "verifier_failures": {"timeouts": n, "out_of_memory": n, "crashes": n}}     # scored 0, since the process began
 
     Any value may be missing or null (a skipped step has no loss); NaN and infinity are written as null. A line with

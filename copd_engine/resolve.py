@@ -9,6 +9,7 @@ import torch
 from copd_engine.config import RunConfig
 from copd_engine.models.flash import resolve_attention
 from copd_engine.models.liger import resolve_liger
+from copd_engine.rollout.select import resolve_engine
 from copd_engine.types import UserError
 
 
@@ -27,6 +28,6 @@ def resolve(config: RunConfig) -> RunConfig:
     attention = resolve_attention(config.model.attention, torch.device(device), getattr(torch, config.model.dtype))
     liger = resolve_liger(config.model.liger, torch.device(device))
     model = config.model.model_copy(update={"attention": attention, "liger": liger})
-    rollout = config.rollout.model_copy(update={"engine": "embedded"})
+    rollout = config.rollout.model_copy(update={"engine": resolve_engine(config.rollout.engine, device)})
     threads = config.num_threads or len(os.sched_getaffinity(0))
     return config.model_copy(update={"device": device, "model": model, "rollout": rollout, "num_threads": threads})

@@ -69,6 +69,7 @@ class StepRunner:
                 batches = self.roll_out(plan, student)
             with timer("verify"):
                 drawn[student] = [(assignment, *self._rewarded(assignment, rs)) for assignment, rs in batches]
+        self.engine.sleep()
         samples: dict[str, list[TrainSample]] = {}
         for student, rewarded in drawn.items():
             per_branch[student] = {"rollout": {}}
@@ -98,10 +99,11 @@ class StepRunner:
         """All of a student's assignments in one call of the engine."""
         assignments = plan.of(student)
         requests: list[RolloutRequest] = []
-        counts = []
+        of_assignment: list[set[int]] = []
         group = 0
         for assignment in assignments:
             prompts = self.streams[student, assignment.source].take(assignment.num_prompts)
+            of_assignment.append(set(range(group, group + len(prompts))))
             for number, prompt in enumerate(prompts):
                 for member in range(self.config.rollout.group_size):
                     # Not the running group: the order of branches in the config must not change what is drawn.
@@ -110,7 +112,6 @@ class StepRunner:
                     )
                     requests.append(RolloutRequest(prompt, seed, group))
                 group += 1
-            counts.append(len(prompts) * self.config.rollout.group_size)
         rollouts = self.engine.generate(student, requests, self.sampling)
         self.rollouts_drawn[student] += len(rollouts)
         for rollout in rollouts:
@@ -119,11 +120,11 @@ class StepRunner:
                     f"the engine sampled with version {rollout.weight_version} of {student!r}, "
                     f"the trainer is at {self.branches[student].version}"
                 )
-        split: list[tuple[Assignment, list[Rollout]]] = []
-        for assignment, count in zip(assignments, counts, strict=True):
-            split.append((assignment, rollouts[:count]))
-            rollouts = rollouts[count:]
-        return split
+        # An engine may have lost some: they belong where their group does, not where they stand.
+        return [
+            (assignment, [rollout for rollout in rollouts if rollout.request.group in groups])
+            for assignment, groups in zip(assignments, of_assignment, strict=True)
+        ]
 
     def _rewarded(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[RewardScore]]:
         """By the terms of the branch whose prompts they are, whoever answered."""
@@ -138,6 +139,11 @@ class StepRunner:
         The advantages are those of the whole group; what is too long is cut or left out after.
         """
         objective = self.config.objective
+        if not rollouts:
+            return [], self._stats(assignment, rollouts, LimitedRollouts([])) | {
+                "zero_variance_groups": 0,
+                "num_groups": 0,
+            }
         advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
         advantage_of = {id(rollout.request): advantage for rollout, advantage in zip(rollouts, advantages, strict=True)}
         limited = self._limited(rollouts)
@@ -182,10 +188,11 @@ class StepRunner:
     def _stats(self, assignment: Assignment, rollouts: Sequence[Rollout], limited: LimitedRollouts) -> dict[str, float]:
         count = len(rollouts)
         return {
-            "reward_mean": sum(r.reward for r in rollouts) / count,
-            "response_tokens_mean": sum(r.num_tokens for r in rollouts) / count,
-            "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / count,
+            "reward_mean": _mean([r.reward for r in rollouts]),
+            "response_tokens_mean": _mean([r.num_tokens for r in rollouts]),
+            "truncated_fraction": _mean([r.finish_reason == "length" for r in rollouts]),
             "num_rollouts": count,
+            "requests_lost": assignment.num_prompts * self.config.rollout.group_size - count,
             "too_long_truncated": limited.num_truncated,
             "too_long_dropped": limited.num_dropped,
             "prompts_skipped": self.streams[assignment.student, assignment.source].num_skipped,
@@ -193,7 +200,12 @@ class StepRunner:
 
 
 def _term_means(scores: Sequence[RewardScore]) -> dict[str, float]:
-    return {name: sum(score.terms[name] for score in scores) / len(scores) for name in scores[0].terms}
+    return {name: _mean([score.terms[name] for score in scores]) for name in (scores[0].terms if scores else ())}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN where an engine lost all."""
+    return sum(values) / len(values) if values else float("nan")
 
 
 def derive_seed(*parts: object) -> int:

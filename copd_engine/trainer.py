@@ -5,6 +5,7 @@ What a step does to the branches stands in ``step.py``; here it is planned, meas
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,8 +29,9 @@ from copd_engine.models.base import Policy
 from copd_engine.models.loading import load_model
 from copd_engine.resolve import resolve
 from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows
-from copd_engine.rollout.base import Sampling
+from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
+from copd_engine.rollout.select import create_engine
 from copd_engine.step import StepRunner, Timer, derive_seed
 from copd_engine.types import Rollout, RolloutRequest, UserError
 from copd_engine.verifiers import shared_pool
@@ -75,7 +77,14 @@ class Trainer:
             )
             for name in self.schedule.students
         }
-        self.engine = EmbeddedEngine({name: branch.policy for name, branch in self.branches.items()}, self.encoder)
+        self._scratch = tempfile.TemporaryDirectory(prefix="copd-")
+        self.engine = create_engine(
+            config.rollout,
+            config.model,
+            {name: branch.policy for name, branch in self.branches.items()},
+            self.encoder,
+            Path(self._scratch.name),
+        )
         streams = prompt_sources(config, self.schedule.students, examples, self.encoder)
         self.steps = StepRunner(config, self.branches, self.engine, streams)
         self._held_out = {
@@ -95,6 +104,13 @@ class Trainer:
 
         ``baseline_rows`` is called at the end and gives rows of other runs for the result's table.
         """
+        try:
+            return self._train(baseline_rows)
+        finally:
+            self.engine.close()
+            self._scratch.cleanup()
+
+    def _train(self, baseline_rows: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
         run_folder.claim(self.run_dir, self.config)
         done, first = self._resume(), 1
         with MetricsLog(self.run_dir, tensorboard=self.config.tensorboard, resume_step=done) as log:
@@ -156,6 +172,7 @@ class Trainer:
         record["step_s"] = time.perf_counter() - begin
         record["elapsed_s"] = self._elapsed()
         record["system"] = system_stats()
+        record["rollout_engine"] = self.engine.stats()
         record["verifier_failures"] = asdict(shared_pool().failures)
         return record
 
@@ -203,7 +220,7 @@ class Trainer:
         return rows
 
     def _evaluate_one(
-        self, engine: EmbeddedEngine, expert: str, num_prompts: int
+        self, engine: RolloutEngine, expert: str, num_prompts: int
     ) -> tuple[dict[str, Accuracy], list[tuple[str, Rollout, float]]]:
         seed = derive_seed(self.config.seed, "eval")
         return evaluate(engine, expert, self._held_out, self.steps.sampling, seed, num_prompts)
@@ -329,8 +346,10 @@ def _progress(record: dict[str, Any]) -> str:
 
 def _pooled(row: dict[str, Any]) -> dict[str, float]:
     parts = row["rollout"].values()
-    total = sum(part["num_rollouts"] for part in parts)
-    return {"reward_mean": sum(part["reward_mean"] * part["num_rollouts"] for part in parts) / total}
+    kept = [part for part in parts if part["num_rollouts"]]
+    total = sum(part["num_rollouts"] for part in kept)
+    rewards = sum(part["reward_mean"] * part["num_rollouts"] for part in kept)
+    return {"reward_mean": rewards / total if total else float("nan")}
 
 
 def _accuracy_line(method: str, record: dict[str, Any]) -> str:

@@ -1,0 +1,61 @@
+"""The same CoPD run from the command line with each rollout engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from copd_engine.metrics import read_metrics
+from tests import sglang_setup
+from tests.small_run import small_config, write_base, write_config, write_data
+
+pytestmark = sglang_setup.MARKS
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("material")
+    return write_base(folder / "base"), write_data(folder / "data")
+
+
+def trained(material: tuple[Path, Path], folder: Path, engine: str, **model: Any) -> Path:
+    config = small_config(*material, folder / "runs", rollout={"max_running": 16}, model=model)
+    file = write_config(folder / "config.yaml", config | {"schedule": {"cycles": 1, "rl_steps": 2, "opd_steps": 1}})
+    command = "from copd_engine.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "train", str(file), f"rollout.engine={engine}"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "runs/small"
+
+
+@pytest.mark.parametrize(
+    ("engine", "model"),
+    [("embedded", {}), ("sglang", {}), ("sglang", {"lora": {"rank": 2}})],
+    ids=["embedded", "sglang", "sglang with adapters"],
+)
+def test_a_run_with_each_engine(material, tmp_path, engine, model):
+    """Every token that is trained on has the trainer's own log-prob; steps of both phases update all branches."""
+    run_dir = trained(material, tmp_path, engine, **model)
+    assert f"engine: {engine}" in (run_dir / "config.yaml").read_text()
+    rows = read_metrics(run_dir)[1:]
+    assert [row["phase"] for row in rows] == ["rl", "rl", "opd"]
+    for row in rows:
+        for branch in row["branches"].values():
+            assert branch["mismatch_max"] is None or branch["mismatch_max"] < 1e-4
+            assert all(part["requests_lost"] == 0 for part in branch["rollout"].values())
+    assert all(branch["num_tokens"] > 0 for branch in rows[-1]["branches"].values())
+    assert all(branch["version"] > 0 for branch in rows[-1]["branches"].values())
+    result = json.loads((run_dir / "result.json").read_text())
+    assert {row["model"] for row in result["rows"]} >= {"base", "branch:text", "merged"}
