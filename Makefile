@@ -7,7 +7,7 @@ TEST_JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: demo demo-llm test test-all check format bench bench-kernels bench-packing bench-gpu clean
+.PHONY: demo demo-llm test test-all check format bench bench-kernels bench-packing bench-rollout bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/copd train configs/demo.yaml
@@ -43,6 +43,9 @@ bench-kernels: $(VENV)/.installed-bench
 
 bench-packing: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.bench_packing --markdown benchmarks/RESULTS-packing.md $(BENCH_ARGS)
+
+bench-rollout: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.bench_rollout --markdown benchmarks/RESULTS-rollout.md $(BENCH_ARGS)
 
 bench-gpu: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.bench_kernels --device cuda --shape 16384 2560 151936 --dtypes bf16 --repeats 20 --step \
