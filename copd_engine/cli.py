@@ -1,4 +1,4 @@
-"""The command line: ``copd train | eval | merge | report | data check | testbed build``.
+"""The command line: ``copd train | eval | merge | report | plan | data check | testbed build``.
 
 A mistake in the input ends in one line on standard error and exit code 2; nothing is overwritten.
 """
@@ -106,6 +106,21 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, e.g. runs/demo"
     from copd_engine.report import write_report
 
     typer.echo(f"report: {write_report(run)}")
+
+
+@app.command("plan")
+def plan_memory(
+    config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/qwen3_vl.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. model.dtype=bfloat16")] = None,
+    gpus: Annotated[int | None, typer.Option(help="How many GPUs; default those of this machine.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory of one in GB (10^9 bytes).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Numbers in bytes instead of tables.")] = False,
+) -> None:
+    """What a run holds in GPU memory, whether it fits, and what a step moves. Arithmetic: nothing is run or loaded."""
+    settings = load_config(config, overrides)
+    from copd_engine.plan_text import plan_json, plan_text
+
+    typer.echo((plan_json if as_json else plan_text)(settings, gpus, gpu_memory))
 
 
 @data_app.command("check")

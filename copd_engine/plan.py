@@ -1,0 +1,276 @@
+"""A memory plan of a run: what one GPU holds in each phase, what fits, what a step moves. Arithmetic; nothing is run.
+
+Exact: parameters, masters, gradient sums, AdamW states, bytes of keys and values. The rest is estimated
+(``plan_estimates.py``). The code trains on one device, so one GPU is planned; what an even sharding over several would
+leave on each is said beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from copd_engine.algorithms import Schedule
+from copd_engine.config import LoraConfig, ModelConfig, RolloutConfig, RunConfig
+from copd_engine.models.cache import pages_of
+from copd_engine.models.decode_layout import GPU_CALL_BYTES, PAGE
+from copd_engine.models.meta import ModelSizes, model_sizes
+from copd_engine.plan_estimates import CONTEXT_BYTES, activation_bytes, lm_head_bytes, reserve_bytes
+from copd_engine.plan_moves import Moves, step_moves
+from copd_engine.types import UserError
+
+#: The trainer's evaluation at the end samples with an embedded engine of these bounds, its defaults.
+EVALUATION_TOKENS, EVALUATION_RUNNING = RolloutConfig().max_cached_tokens, RolloutConfig().max_running
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the plan; ``exact`` or an estimate."""
+
+    name: str
+    num_bytes: int
+    exact: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Tokens whose keys and values the engine can hold beside everything else, and whole sequences of the longest kind
+    (prompt and response), at most ``rollout.max_running``."""
+
+    num_bytes: int
+    num_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True)
+class ModePlan:
+    """Full-parameter or LoRA training of K experts on one GPU of ``gpu_bytes``.
+
+    ``resident``: from the first update to the end. Each of ``training``, ``rollout`` and ``end`` stands beside it in
+    its phase. ``room`` with the engine asleep while the trainer works, as the code has it; ``room_without_sleep`` if it
+    were not. ``host_bytes_asleep``: of the engine's weights, in host memory meanwhile.
+    """
+
+    mode: str
+    engine: str
+    gpu_bytes: int
+    num_experts: int
+    num_tokens: int
+    longest_tokens: int
+    kv_bytes_per_token: int
+    sizes: ModelSizes
+    resident: tuple[Item, ...]
+    training: tuple[Item, ...]
+    rollout: tuple[Item, ...]
+    end: tuple[Item, ...]
+    activations: dict[str, int]
+    room: Room
+    room_without_sleep: Room
+    host_bytes_asleep: int
+    moves: Moves
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        held = total(self.resident)
+        return {name: held + total(getattr(self, name)) for name in ("training", "rollout", "end")}
+
+    @property
+    def missing_bytes(self) -> int:
+        """By how much it does not fit; at most 0 if it does."""
+        return max(self.peaks.values()) - self.gpu_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.missing_bytes <= 0 and self.room.num_sequences > 0
+
+    def sharded_bytes(self, num_gpus: int) -> int:
+        """Peak of training per GPU if weights, masters, gradients and moments were split evenly."""
+        whole = ("gradient sums", *(item.name for item in self.resident))
+        parts = [i.num_bytes // num_gpus if i.name in whole else i.num_bytes for i in (*self.resident, *self.training)]
+        return sum(parts)
+
+
+def total(items: tuple[Item, ...]) -> int:
+    return sum(item.num_bytes for item in items)
+
+
+def plan_run(config: RunConfig, gpu_bytes: int, num_gpus: int = 1) -> dict[str, ModePlan]:
+    """Plans by mode, ``full`` and ``lora``; LoRA with the config's adapters, or the default ones where it has none.
+
+    UserError for a model that cannot be read, or an engine that wants more GPUs than there are.
+    """
+    tensor_parallel = config.rollout.tensor_parallel
+    if engine_of(config) == "sglang" and tensor_parallel > num_gpus:
+        raise UserError(
+            f"rollout.tensor_parallel = {tensor_parallel}: the plan is for {num_gpus} GPU{'s' * (num_gpus > 1)}"
+        )
+    return {mode: plan_mode(in_mode(config, mode), gpu_bytes) for mode in ("full", "lora")}
+
+
+def in_mode(config: RunConfig, mode: str) -> RunConfig:
+    lora = (config.model.lora or LoraConfig()) if mode == "lora" else None
+    return config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})})
+
+
+def engine_of(config: RunConfig) -> str:
+    """``auto`` as on a GPU where sglang is installed."""
+    return "sglang" if config.rollout.engine == "auto" else config.rollout.engine
+
+
+@functools.cache
+def _sizes(config: ModelConfig) -> ModelSizes:
+    return model_sizes(config)
+
+
+def sizes_of(config: ModelConfig) -> ModelSizes:
+    """Sizes of each different model once: what does not change them is left at its default."""
+    keys = ("path", "dtype", "freeze_vision", "lora")
+    return _sizes(ModelConfig(**{key: getattr(config, key) for key in keys}))
+
+
+def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
+    """The plan of the config as it stands."""
+    sizes, engine, rollout = sizes_of(config.model), engine_of(config), config.rollout
+    num_experts = len(Schedule(config).students)
+    itemsize = 4 if config.model.dtype == "float32" else 2
+    sample = rollout.max_prompt_tokens + rollout.max_new_tokens
+    num_tokens = max(config.optim.max_tokens_per_micro_batch, min(sample, config.optim.max_length or sample))
+    multiple = config.optim.pad_to_multiple_of
+    num_tokens = -(-num_tokens // multiple) * multiple
+    activations = {
+        name: activation_bytes(sizes, itemsize, num_tokens, rollout.max_prompt_tokens, recompute)
+        for name, recompute in (("kept", False), ("checkpointed", True))
+    }
+    resident = _resident(sizes, num_experts)
+    processes = 2 if engine == "sglang" else 1
+    reserve = Item("CUDA, fragmentation", reserve_bytes(gpu_bytes, processes), False)
+    training = (*_training(sizes, itemsize, num_tokens, activations, config.model.gradient_checkpointing), reserve)
+    shards = rollout.tensor_parallel if engine == "sglang" else 1
+    kv_bytes = sizes.kv_bytes_per_token(itemsize) // min(shards, sizes.num_kv_heads)
+    longest = (
+        sample
+        if engine == "sglang"
+        else PAGE * (pages_of(rollout.max_prompt_tokens) + pages_of(sample - rollout.max_prompt_tokens - 1))
+    )
+    copies = _engine_copies(config, sizes, itemsize, num_experts, engine)
+    free = gpu_bytes - total(resident) - reserve.num_bytes - total(copies)
+    cache_limit = _cache_limit(config, gpu_bytes, resident, total(copies[:1]), kv_bytes, engine)
+    room = _room(min(free, cache_limit), kv_bytes, longest, rollout.max_running)
+    beside = gpu_bytes - total(resident) - total(training) - total(copies)
+    cache = max(cache_limit, kv_bytes * longest)  # one sequence at least
+    tokens = min(EVALUATION_TOKENS, EVALUATION_RUNNING * sample)
+    evaluation = sizes.kv_bytes_per_token(itemsize) * tokens
+    end = (
+        Item("merged model", sizes.weight_bytes if num_experts > 1 else 0, True),
+        Item("keys and values of its evaluation", evaluation, False, f"at most {tokens:,} tokens, embedded"),
+        reserve,
+    )
+    frozen = sizes.trained_parameters < sizes.num_parameters or config.model.lora is not None
+    host = sizes.weight_bytes // shards if engine == "sglang" and frozen else 0
+    return ModePlan(
+        mode="full" if config.model.lora is None else "lora",
+        engine=engine,
+        gpu_bytes=gpu_bytes,
+        num_experts=num_experts,
+        num_tokens=num_tokens,
+        longest_tokens=longest,
+        kv_bytes_per_token=kv_bytes,
+        sizes=sizes,
+        resident=resident,
+        training=training,
+        rollout=(*copies, Item("keys and values", cache, False, _cache_note(config, engine)), reserve),
+        end=end,
+        activations=activations,
+        room=room,
+        room_without_sleep=_room(min(beside, cache_limit), kv_bytes, longest, rollout.max_running),
+        host_bytes_asleep=host,
+        moves=step_moves(config, sizes, num_experts, engine, host),
+    )
+
+
+def _resident(sizes: ModelSizes, num_experts: int) -> tuple[Item, ...]:
+    base = sizes.weight_bytes + 4 * sizes.adapter_parameters
+    # torch.optim.AdamW: two fp32 moments per parameter, and a step count per tensor.
+    moments = 8 * sizes.trained_parameters + 4 * sizes.trained_tensors
+    shared = "; shared by the experts" if sizes.num_adapters else ""
+    own = "" if sizes.master_bytes else "what is trained is fp32 already"
+    return (
+        Item("base model", base, True, "theta_0, for the merge" + shared),
+        Item(
+            "experts' weights",
+            num_experts * sizes.trained_bytes,
+            True,
+            f"{num_experts} x what is trained; teachers too",
+        ),
+        Item("fp32 masters", num_experts * sizes.master_bytes, True, own),
+        Item("AdamW moments", num_experts * moments, True, "fp32, from the first update on"),
+    )
+
+
+def _training(
+    sizes: ModelSizes, itemsize: int, num_tokens: int, activations: dict[str, int], recompute: bool
+) -> tuple[Item, ...]:
+    kept = activations["checkpointed" if recompute else "kept"]
+    how = "gradient checkpointing" if recompute else "all kept"
+    head = "a chunk of logits" + (", fp32 gradient of the head" if sizes.trains_lm_head else "")
+    moving = sizes.largest_trained_bytes if sizes.master_bytes else 0
+    return (
+        Item("gradient sums", 4 * sizes.trained_parameters, True, "fp32, of one expert at a time"),
+        Item("a gradient on its way", moving, False, "of the largest tensor, in the model's dtype"),
+        Item("activations", kept, False, f"{num_tokens:,} tokens, {how}"),
+        Item("lm_head kernels", lm_head_bytes(sizes, itemsize), False, head),
+    )
+
+
+def _engine_copies(
+    config: RunConfig, sizes: ModelSizes, itemsize: int, num_experts: int, engine: str
+) -> tuple[Item, ...]:
+    """What the rollout engine holds besides keys and values; its weights first."""
+    if engine == "embedded":
+        return (
+            Item("engine's weights", 0, True, "the trainer's own"),
+            Item("gathers of decoding", GPU_CALL_BYTES, False),
+        )
+    weights = Item(
+        "engine's weights", sizes.weight_bytes // config.rollout.tensor_parallel, True, "one copy for all experts"
+    )
+    if config.model.lora is not None:
+        return weights, Item("engine's adapters", num_experts * sizes.adapter_parameters * itemsize, False)
+    return weights, Item(
+        "weights on their way", min(config.rollout.bucket_mb << 20, sizes.trained_bytes), False, "a bucket"
+    )
+
+
+def _cache_limit(
+    config: RunConfig, gpu_bytes: int, resident: tuple[Item, ...], weights: int, kv_bytes: int, engine: str
+) -> int:
+    """The most bytes of keys and values that the engine takes.
+
+    sglang: ``memory_fraction`` of what is free when it starts less its weights, or ``kv_cache_tokens``.
+    """
+    rollout = config.rollout
+    if engine == "embedded":
+        return rollout.max_cached_tokens // PAGE * PAGE * kv_bytes
+    limit = max(0, int(rollout.memory_fraction * free_at_start(gpu_bytes, resident)) - weights)
+    return min(limit, rollout.kv_cache_tokens * kv_bytes) if rollout.kv_cache_tokens else limit
+
+
+def free_at_start(gpu_bytes: int, resident: tuple[Item, ...]) -> int:
+    """What sglang finds free when it starts: the trainer's weights and masters are there, the moments not yet."""
+    return max(0, gpu_bytes - 2 * CONTEXT_BYTES - total(resident[:3]))
+
+
+def _cache_note(config: RunConfig, engine: str) -> str:
+    if engine == "embedded":
+        return f"rollout.max_cached_tokens = {config.rollout.max_cached_tokens:,}"
+    if config.rollout.kv_cache_tokens:
+        return f"at most rollout.kv_cache_tokens = {config.rollout.kv_cache_tokens:,}"
+    return (
+        f"rollout.memory_fraction = {config.rollout.memory_fraction} of what is free when it starts, less its weights"
+    )
+
+
+def _room(num_bytes: int, kv_bytes: int, longest: int, max_running: int) -> Room:
+    tokens = max(0, num_bytes // kv_bytes)
+    return Room(num_bytes, tokens, min(tokens // longest, max_running))
