@@ -36,7 +36,8 @@ def find_gpus(device: str, gpus: int | None, memory_gb: float | None) -> tuple[i
     seen = [gpu["memory_total_bytes"] for gpu in system_stats()["gpu"] or ()]
     if not seen:
         raise UserError("no GPU is seen here (NVML); say which are meant, e.g. --gpus 1 --gpu-memory 80")
-    index = int(device.partition(":")[2] or 0) if device.startswith("cuda") else 0
+    number = device.removeprefix("cuda:")
+    index = int(number) if number.isdecimal() else 0
     if index >= len(seen):
         raise UserError(f"device = {device!r}: NVML sees {len(seen)} GPUs; give --gpus and --gpu-memory")
     if seen[index] is None:

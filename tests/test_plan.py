@@ -247,12 +247,14 @@ def test_a_model_of_four_billion_parameters_by_hand(tmp_path: Path) -> None:
 
 def test_room_of_the_rollout_engine_by_hand() -> None:
     gpu = 3 * 10**9
-    plan = plan_mode(run_config(rollout={"memory_fraction": 0.5, "max_running": 10**6}), gpu)
+    rollout = {"memory_fraction": 0.5, "max_running": 10**6}
+    plan = plan_mode(run_config(model={"dtype": "bfloat16"}, rollout=rollout), gpu)
     held = sizes(plan, "resident")
-    at_start = gpu - 2 * CONTEXT_BYTES - held["base model"] - held["experts' weights"]
+    # when it starts there are weights and masters, but no moments yet
+    at_start = gpu - 2 * CONTEXT_BYTES - held["base model"] - held["experts' weights"] - held["fp32 masters"]
     cache = int(0.5 * at_start) - plan.sizes.weight_bytes
-    assert plan.room.num_tokens == cache // 1024
-    assert plan.room.num_sequences == cache // 1024 // 160
+    assert plan.room.num_tokens == cache // 512
+    assert plan.room.num_sequences == cache // 512 // 160
     assert item(plan, "rollout", "keys and values").num_bytes == cache
     # awake it has what training leaves
     copies = sizes(plan, "rollout")["engine's weights"] + sizes(plan, "rollout")["weights on their way"]
@@ -429,6 +431,7 @@ def test_gpus_that_nvml_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_text_module, "system_stats", lambda: {"gpu": seen})
     assert plan_text_module.find_gpus("auto", None, None) == (2, 24 * 10**9)
     assert plan_text_module.find_gpus("cuda:1", None, None) == (2, 48 * 10**9)
+    assert plan_text_module.find_gpus("cuda:first", None, None) == (2, 24 * 10**9)
     assert plan_text_module.find_gpus("cuda", 1, None) == (1, 24 * 10**9)
     assert plan_text_module.find_gpus("cuda", None, 80) == (1, 80 * 10**9)
     with pytest.raises(UserError, match="NVML sees 2 GPUs"):
