@@ -142,11 +142,10 @@ def sdpa_paged(
     query_BHGd = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     key_rows, value_rows = key.view(-1, PAGE * head_dim), value.view(-1, PAGE * head_dim)
     outputs: list[torch.Tensor] = []
-    for (start, stop, width), index in zip(layout.calls, layout.gather_indexes(num_kv_heads), strict=True):
+    for start, stop, width, index, mask in layout.gathers(num_kv_heads):
         shape = (stop - start, num_kv_heads, width * PAGE, head_dim)
         k = layout.gather("key", key_rows, index).view(shape)
         v = layout.gather("value", value_rows, index).view(shape)
-        mask = layout.mask_BL[start:stop, None, None, : width * PAGE]
         out = scaled_dot_product_attention(query_BHGd[start:stop], k, v, attn_mask=mask, scale=scaling)
         outputs.append(out)
     out_BHGd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

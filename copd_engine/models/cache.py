@@ -82,15 +82,18 @@ class PagePool:
                 value.index_fill_(0, unclean, 0)
         self._unclean = []
 
-    def write(self, layer: int, key_HMd: torch.Tensor, value_HMd: torch.Tensor, slot_HM: torch.Tensor) -> None:
-        """Write M tokens of one layer to the rows ``slot_HM`` int64 of ``[pages * kv_heads * PAGE, head_dim]``."""
-        shape = (self._handed_out, key_HMd.shape[0], PAGE, key_HMd.shape[2])
+    def write(self, layer: int, key_MHd: torch.Tensor, value_MHd: torch.Tensor, slot_N: torch.Tensor) -> None:
+        """Write M tokens of one layer to their :func:`slots`."""
         if layer == len(self.layers):
-            self.layers.append((key_HMd.new_zeros(shape), value_HMd.new_zeros(shape)))
-        elif not _fits(self.layers[layer][0], key_HMd):  # a model of another kind; of the last one nothing is kept
-            self.layers[layer] = (key_HMd.new_zeros(shape), value_HMd.new_zeros(shape))
-        for pages, x_HMd in zip(self.layers[layer], (key_HMd, value_HMd), strict=True):
-            pages.view(-1, pages.shape[3]).index_copy_(0, slot_HM.flatten(), x_HMd.flatten(0, 1))
+            self.layers.append((self._zeros(key_MHd), self._zeros(value_MHd)))
+        elif not _fits(self.layers[layer][0], key_MHd):  # a model of another kind; of the last one nothing is kept
+            self.layers[layer] = (self._zeros(key_MHd), self._zeros(value_MHd))
+        head_dim = key_MHd.shape[2]
+        for pages, x_MHd in zip(self.layers[layer], (key_MHd, value_MHd), strict=True):
+            pages.view(-1, head_dim).index_copy_(0, slot_N, x_MHd.reshape(-1, head_dim))
+
+    def _zeros(self, x_MHd: torch.Tensor) -> torch.Tensor:
+        return x_MHd.new_zeros((self._handed_out, x_MHd.shape[1], PAGE, x_MHd.shape[2]))
 
     def release(self) -> None:
         """Give the memory back. No page may be in use."""
@@ -98,9 +101,9 @@ class PagePool:
         self.layers, self._free, self._handed_out, self._unclean = [], [], 0, []
 
 
-def _fits(pages: torch.Tensor, x_HMd: torch.Tensor) -> bool:
-    same_kind = pages.dtype == x_HMd.dtype and pages.device == x_HMd.device
-    return same_kind and (pages.shape[1], pages.shape[3]) == (x_HMd.shape[0], x_HMd.shape[2])
+def _fits(pages: torch.Tensor, x_MHd: torch.Tensor) -> bool:
+    same_kind = pages.dtype == x_MHd.dtype and pages.device == x_MHd.device
+    return same_kind and pages.shape[1::2] == x_MHd.shape[1:]
 
 
 def _grown(pages: torch.Tensor, size: int) -> torch.Tensor:
@@ -110,10 +113,10 @@ def _grown(pages: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def slots(page_M: torch.Tensor, within_M: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of ``[pages * num_heads * PAGE, head_dim]`` that hold these tokens of these pages, int64
-    ``[num_heads, M]``."""
-    head_H1 = torch.arange(num_heads, device=page_M.device)[:, None]
-    return (page_M * num_heads + head_H1) * PAGE + within_M
+    """Rows of ``[pages * num_heads * PAGE, head_dim]`` that hold each head of these tokens of these pages, int64
+    ``[M * num_heads]``."""
+    head_H = torch.arange(num_heads, device=page_M.device)
+    return ((page_M[:, None] * num_heads + head_H) * PAGE + within_M[:, None]).flatten()
 
 
 class PrefillCache:
@@ -128,15 +131,15 @@ class PrefillCache:
         pool.prepare()
         self._pool = pool
         self._row_M, self._page_M, self._within_M = _places(segments).to(device)
-        self._slot_HM: torch.Tensor | None = None
+        self._slot_N: torch.Tensor | None = None
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._slot_HM is None:
-            self._slot_HM = slots(self._page_M, self._within_M, key.shape[1])
-        key_HMd, value_HMd = (x[0].index_select(1, self._row_M) for x in (key, value))
-        self._pool.write(layer_idx, key_HMd, value_HMd, self._slot_HM)
+        if self._slot_N is None:
+            self._slot_N = slots(self._page_M, self._within_M, key.shape[1])
+        key_MHd, value_MHd = (x[0].transpose(0, 1).index_select(0, self._row_M) for x in (key, value))
+        self._pool.write(layer_idx, key_MHd, value_MHd, self._slot_N)
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -188,7 +191,7 @@ class DecodeCache:
         self._next_page_at = 0  # the step in which a row begins its next page
         self._calls: tuple[tuple[int, int, int], ...] = ()
         self._buffers: dict[str, torch.Tensor] = {}
-        self._slot_HM: torch.Tensor | None = None
+        self._slot_N: torch.Tensor | None = None
 
     def arrange(self, rows: Sequence[CachedSequence]) -> None:
         """Decode these sequences from now on; those that were here before keep their place in the tables."""
@@ -260,7 +263,7 @@ class DecodeCache:
         self._mask_BL[self._number_B, self._own_column_B + self._num_tokens_B] = 0
         self._num_tokens_B = self._num_tokens_B + 1
         self._steps += 1
-        self._slot_HM = None
+        self._slot_N = None
         self.layout = DecodeLayout(self._pages_BP, self._mask_BL, self._calls, self._buffers, known)
 
     def _turn_pages(self) -> None:
@@ -279,10 +282,9 @@ class DecodeCache:
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new tokens ``[B, kv_heads, 1, head_dim]``; returns the layer's pages, keys and values."""
-        if self._slot_HM is None:
-            self._slot_HM = slots(self._page_B, self._within_B, key.shape[1])
-        key_HBd, value_HBd = (x.squeeze(2).transpose(0, 1) for x in (key, value))
-        self._pool.write(layer_idx, key_HBd, value_HBd, self._slot_HM)
+        if self._slot_N is None:
+            self._slot_N = slots(self._page_B, self._within_B, key.shape[1])
+        self._pool.write(layer_idx, key.squeeze(2), value.squeeze(2), self._slot_N)
         return self._pool.layers[layer_idx]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -39,17 +39,26 @@ class DecodeLayout:
     calls: tuple[tuple[int, int, int], ...]
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     _indexes: dict[int, list[torch.Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _gathers: dict[int, list[tuple[int, int, int, torch.Tensor, torch.Tensor]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     _varlen: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict, repr=False, compare=False)
 
-    def gather_indexes(self, num_heads: int) -> list[torch.Tensor]:
-        """Per call int64 ``[rows * num_heads * pages]``: which rows of ``[pages * num_heads, PAGE * head_dim]``."""
-        if num_heads not in self._indexes:
-            head_H1 = torch.arange(num_heads, device=self.pages_BP.device)[:, None]
-            self._indexes[num_heads] = [
-                (self.pages_BP[start:stop, None, :width] * num_heads + head_H1).flatten()
-                for start, stop, width in self.calls
+    def gathers(self, num_heads: int) -> list[tuple[int, int, int, torch.Tensor, torch.Tensor]]:
+        """The calls, each with the rows that it takes of ``[pages * num_heads, PAGE * head_dim]``, int64
+        ``[rows * num_heads * pages]``, and its mask ``[rows, 1, 1, pages * PAGE]``."""
+        if num_heads not in self._gathers:
+            if num_heads not in self._indexes:
+                head_H1 = torch.arange(num_heads, device=self.pages_BP.device)[:, None]
+                self._indexes[num_heads] = [
+                    (self.pages_BP[start:stop, None, :width] * num_heads + head_H1).flatten()
+                    for start, stop, width in self.calls
+                ]
+            self._gathers[num_heads] = [
+                (start, stop, width, index, self.mask_BL[start:stop, None, None, : width * PAGE])
+                for (start, stop, width), index in zip(self.calls, self._indexes[num_heads], strict=True)
             ]
-        return self._indexes[num_heads]
+        return self._gathers[num_heads]
 
     def gather(self, name: str, pages: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """``pages.index_select(0, index)`` in memory that the next gather under the same ``name`` overwrites.
