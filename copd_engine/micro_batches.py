@@ -154,7 +154,7 @@ def plan_micro_batches(
             for row in chosen
         ]
         batches += [MicroBatch()] * (num_rows - len(batches))
-        plan.append(sorted(batches, key=lambda batch: (-batch.flops, batch.indexes)))
+        plan.append(sorted(batches, key=lambda batch: (-batch.flops, -batch.num_tokens, batch.indexes)))
     return plan
 
 
