@@ -28,9 +28,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(pool: PagePool, pages: list[int]) -> None:
         give_back(pool, pages)
         with torch.inference_mode():
-            for key, value in pool.layers:
-                known = [page for page in pages if page < len(key)]
-                key[known] = value[known] = float("nan")
+            for layer in pool.layers:
+                layer[[page for page in pages if page < len(layer)]] = float("nan")
 
     def poison_new(pages: torch.Tensor, size: int) -> torch.Tensor:
         larger = grown(pages, size)
@@ -78,8 +77,9 @@ class Reference:
         errors = []
         for layer in range(self.num_layers):
             query, key, value = (self.draw(len(cache.rows), n, 1, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
-            pages = cache.update(key, value, layer)
-            out = attention(query, *pages, layout)
+            pages, same = cache.update(key, value, layer)
+            assert pages is same
+            out = attention(query, pages, layout)
             assert out.shape == (len(cache.rows), 1, HEADS, DIM)
             for number, row in enumerate(cache.rows):
                 layers = self.history[id(row)]
@@ -93,8 +93,8 @@ class Reference:
         return float(torch.stack(errors).max())  # a NaN stays one
 
 
-def naive_paged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DecodeLayout) -> torch.Tensor:
-    return varlen_paged(naive_varlen, query, key, value, layout)
+def naive_paged(query: torch.Tensor, pages: torch.Tensor, layout: DecodeLayout) -> torch.Tensor:
+    return varlen_paged(naive_varlen, query, pages, layout)
 
 
 @pytest.mark.parametrize("attention", [sdpa_paged, naive_paged], ids=["sdpa", "varlen"])
@@ -139,7 +139,7 @@ def test_sequences_that_come_and_go_over_poisoned_memory(monkeypatch, poisoned, 
     steps(3 * PAGE)
     assert {len(row.pages) for row in rows} == {3, 4, 5}
     assert (max(calls) > 1) == (padding_bytes == 0)
-    assert bool(torch.isnan(pool.layers[0][0]).any())  # there was poison to find
+    assert bool(torch.isnan(pool.layers[0]).any())  # there was poison to find
 
 
 def test_zeros_keep_the_poison_out(monkeypatch, poisoned):
@@ -152,9 +152,7 @@ def test_zeros_keep_the_poison_out(monkeypatch, poisoned):
     row = CachedSequence(pages, 3, pool.take(1))
     reference.add(row, 0)
     cache = DecodeCache(pool)
-    pool.layers = [
-        tuple(torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, 2), value=float("nan")) for x in pool.layers[0])
-    ]
+    pool.layers = [torch.nn.functional.pad(pool.layers[0], (0, 0, 0, 0, 0, 0, 0, 2), value=float("nan"))]
     cache.arrange([row])
     worst = reference.step(cache)
     assert worst != worst
@@ -207,7 +205,7 @@ def test_a_model_of_another_kind_gets_pages_of_its_own():
     Reference(num_layers=2).prefill(pool, [20])
     pool.give_back([0, 1])
     Reference(num_layers=1, dtype=torch.bfloat16).prefill(pool, [PAGE])
-    assert [key.dtype for key, _ in pool.layers] == [torch.bfloat16, torch.float32]
+    assert [pages.dtype for pages in pool.layers] == [torch.bfloat16, torch.float32]
 
 
 @given(
@@ -242,8 +240,8 @@ def test_decode_steps_on_the_gpu(kind):
     if kind == "flash" and resolve_attention("auto", device) != "flash":
         pytest.skip("flash-attn is not installed")
 
-    def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DecodeLayout) -> torch.Tensor:
-        return flash_attention(torch.nn.Module(), query, key, value, None, layout=layout)[0]
+    def flash(query: torch.Tensor, pages: torch.Tensor, layout: DecodeLayout) -> torch.Tensor:
+        return flash_attention(torch.nn.Module(), query, pages, pages, None, layout=layout)[0]
 
     dtype = torch.bfloat16 if kind == "flash" else torch.float32
     pool = PagePool(100 * PAGE)

@@ -246,7 +246,7 @@ def test_lora_and_bf16_models(prompts, dtype):
     engine = EmbeddedEngine({"e": policy}, encoder, 8, smallest_cache(prompts, 20) + 4 * PAGE)
     rollouts = engine.generate("e", requests(prompts, 2), Sampling(1.0, 20))
     assert engine.stats()["num_preempted"] > 0
-    assert engine._pool.layers[0][0].dtype == dtype
+    assert engine._pool.layers[0].dtype == dtype
     plain = plain_model(policy)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for rollout in rollouts:

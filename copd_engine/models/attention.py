@@ -48,7 +48,7 @@ def varlen_attention(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Query ``[batch, heads, tokens, head_dim]``, key and value likewise with their own number of heads, or with a
-    :class:`DecodeLayout` as pages ``[pages, kv_heads, PAGE, head_dim]``.
+    :class:`DecodeLayout` both as the pages ``[pages, 2 * kv_heads, PAGE, head_dim]`` that hold the two.
 
     Returns ``[batch, tokens, heads, head_dim]``, 0 on padding rows. Raises ValueError for a batch of packed rows, a
     causal module without a layout, and variants of attention that would otherwise be dropped in silence.
@@ -57,7 +57,7 @@ def varlen_attention(
     if isinstance(layout, PackedLayout):
         return sdpa_packed(query, key, value, layout.sdpa, scaling), None
     if isinstance(layout, DecodeLayout):
-        return sdpa_paged(query, key, value, layout, scaling), None
+        return sdpa_paged(query, key, layout, scaling), None
     return _sdpa(query, key, value, scaling), None
 
 
@@ -76,7 +76,7 @@ def flash_attention(
     if isinstance(layout, PackedLayout):
         return varlen_packed(varlen_kernel(query.device), query, key, value, layout.varlen, scaling), None
     if isinstance(layout, DecodeLayout):
-        return varlen_paged(varlen_kernel(query.device), query, key, value, layout, scaling), None
+        return varlen_paged(varlen_kernel(query.device), query, key, layout, scaling), None
     return _sdpa(query, key, value, scaling), None
 
 
@@ -130,24 +130,21 @@ def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: 
 
 
 def sdpa_paged(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DecodeLayout, scaling: float | None = None
+    query: torch.Tensor, pages: torch.Tensor, layout: DecodeLayout, scaling: float | None = None
 ) -> torch.Tensor:
-    """Attention of ``[B, heads, 1, head_dim]`` to pages ``[pages, kv_heads, PAGE, head_dim]``.
+    """Attention of ``[B, heads, 1, head_dim]`` to pages ``[pages, 2 * kv_heads, PAGE, head_dim]`` of keys and values.
 
     Returns ``[B, 1, heads, head_dim]``.
     """
     num_rows, num_heads, _, head_dim = query.shape
-    num_kv_heads = key.shape[1]
+    num_both = pages.shape[1]
     # The query heads that share a key are that key's queries: nothing is repeated.
-    query_BHGd = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    key_rows, value_rows = key.view(-1, PAGE * head_dim), value.view(-1, PAGE * head_dim)
+    query_BHGd = query.reshape(num_rows, num_both // 2, 2 * num_heads // num_both, head_dim)
+    rows = pages.view(-1, PAGE * head_dim)
     outputs: list[torch.Tensor] = []
-    for start, stop, width, index, mask in layout.gathers(num_kv_heads):
-        shape = (stop - start, num_kv_heads, width * PAGE, head_dim)
-        k = layout.gather("key", key_rows, index).view(shape)
-        v = layout.gather("value", value_rows, index).view(shape)
-        out = scaled_dot_product_attention(query_BHGd[start:stop], k, v, attn_mask=mask, scale=scaling)
-        outputs.append(out)
+    for start, stop, width, index, mask in layout.gathers(num_both):
+        k, v = layout.gather(rows, index).view(stop - start, num_both, width * PAGE, head_dim).chunk(2, dim=1)
+        outputs.append(scaled_dot_product_attention(query_BHGd[start:stop], k, v, attn_mask=mask, scale=scaling))
     out_BHGd = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out_BHGd.reshape(num_rows, 1, num_heads, head_dim)
 
@@ -244,8 +241,7 @@ def varlen_packed(
 def varlen_paged(
     kernel: Callable[..., Any],
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    pages: torch.Tensor,
     layout: DecodeLayout,
     scaling: float | None = None,
 ) -> torch.Tensor:
@@ -254,11 +250,11 @@ def varlen_paged(
     The visible tokens are gathered without padding. Kernels that read pages by themselves want pages of 256 tokens
     (flash-attn 2), of which a short response would waste most.
     """
-    index_N, starts, longest = layout.varlen(key.shape[1])
-    key_SKd = layout.gather("key", key.view(-1, key.shape[3]), index_N).view(-1, *key.shape[1::2])
-    value_SKd = layout.gather("value", value.view(-1, value.shape[3]), index_N).view(-1, *value.shape[1::2])
+    num_both, head_dim = pages.shape[1], pages.shape[3]
+    index_N, starts, longest = layout.varlen(num_both)
+    key, value = layout.gather(pages.view(-1, head_dim), index_N).view(-1, num_both, head_dim).chunk(2, dim=1)
     one = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
-    out = kernel(query.squeeze(2), key_SKd, value_SKd, one, starts, 1, longest, softmax_scale=scaling, causal=True)
+    out = kernel(query.squeeze(2), key, value, one, starts, 1, longest, softmax_scale=scaling, causal=True)
     return (out[0] if isinstance(out, tuple) else out).unsqueeze(1)
 
 

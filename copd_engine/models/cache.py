@@ -21,12 +21,14 @@ def pages_of(num_tokens: int) -> int:
 
 
 class PagePool:
-    """At most ``max_tokens`` tokens in pages of :data:`PAGE`; per layer keys ``[pages, kv_heads, PAGE, head_dim]`` and
-    values likewise, taken in steps as pages are handed out."""
+    """At most ``max_tokens`` tokens in pages of :data:`PAGE`, taken in steps as pages are handed out.
+
+    Per layer ``[pages, 2 * kv_heads, PAGE, head_dim]``: a page's keys by head, then its values.
+    """
 
     def __init__(self, max_tokens: int) -> None:
         self.num_pages = max_tokens // PAGE
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.layers: list[torch.Tensor] = []
         self._free: list[int] = []  # a heap: low numbers first keep the memory small
         self._handed_out = 0  # pages 0 .. handed_out - 1 are free or in use, the others untouched
         self._unclean: list[int] = []
@@ -42,12 +44,12 @@ class PagePool:
     @property
     def bytes(self) -> int:
         """Memory of all layers now."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        return sum(pages.nbytes for pages in self.layers)
 
     @property
     def page_bytes(self) -> int:
         """Keys and values of one page in one layer."""
-        return sum(tensor[:1].nbytes for tensor in self.layers[0])
+        return self.layers[0][:1].nbytes
 
     def take(self, count: int) -> list[int]:
         """``count`` pages; they are 0 after the next :meth:`prepare`. There must be as many free ones."""
@@ -70,27 +72,25 @@ class PagePool:
         """
         if not self._unclean:
             return
-        for number, layer in enumerate(self.layers):
-            if len(layer[0]) < self._handed_out:  # one layer at a time: no second copy of the whole
-                size = min(self.num_pages, max(self._handed_out, 2 * len(layer[0])))
-                self.layers[number] = (_grown(layer[0], size), _grown(layer[1], size))
-                del layer
+        for number, pages in enumerate(self.layers):
+            if len(pages) < self._handed_out:  # one layer at a time: no second copy of the whole
+                self.layers[number] = _grown(pages, min(self.num_pages, max(self._handed_out, 2 * len(pages))))
+                del pages
         if self.layers:
-            unclean = torch.tensor(self._unclean, device=self.layers[0][0].device)
-            for key, value in self.layers:
-                key.index_fill_(0, unclean, 0)
-                value.index_fill_(0, unclean, 0)
+            unclean = torch.tensor(self._unclean, device=self.layers[0].device)
+            for pages in self.layers:
+                pages.index_fill_(0, unclean, 0)
         self._unclean = []
 
     def write(self, layer: int, key_MHd: torch.Tensor, value_MHd: torch.Tensor, slot_N: torch.Tensor) -> None:
         """Write M tokens of one layer to their :func:`slots`."""
+        x_MHd = torch.cat([key_MHd, value_MHd], dim=1)
         if layer == len(self.layers):
-            self.layers.append((self._zeros(key_MHd), self._zeros(value_MHd)))
-        elif not _fits(self.layers[layer][0], key_MHd):  # a model of another kind; of the last one nothing is kept
-            self.layers[layer] = (self._zeros(key_MHd), self._zeros(value_MHd))
-        head_dim = key_MHd.shape[2]
-        for pages, x_MHd in zip(self.layers[layer], (key_MHd, value_MHd), strict=True):
-            pages.view(-1, head_dim).index_copy_(0, slot_N, x_MHd.reshape(-1, head_dim))
+            self.layers.append(self._zeros(x_MHd))
+        elif not _fits(self.layers[layer], x_MHd):  # a model of another kind; of the last one nothing is kept
+            self.layers[layer] = self._zeros(x_MHd)
+        head_dim = x_MHd.shape[2]
+        self.layers[layer].view(-1, head_dim).index_copy_(0, slot_N, x_MHd.view(-1, head_dim))
 
     def _zeros(self, x_MHd: torch.Tensor) -> torch.Tensor:
         return x_MHd.new_zeros((self._handed_out, x_MHd.shape[1], PAGE, x_MHd.shape[2]))
@@ -113,8 +113,8 @@ def _grown(pages: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def slots(page_M: torch.Tensor, within_M: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of ``[pages * num_heads * PAGE, head_dim]`` that hold each head of these tokens of these pages, int64
-    ``[M * num_heads]``."""
+    """Rows of ``[pages * num_heads * PAGE, head_dim]`` that hold each head, of keys and of values, of these tokens of
+    these pages, int64 ``[M * num_heads]``."""
     head_H = torch.arange(num_heads, device=page_M.device)
     return ((page_M[:, None] * num_heads + head_H) * PAGE + within_M[:, None]).flatten()
 
@@ -137,7 +137,7 @@ class PrefillCache:
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._slot_N is None:
-            self._slot_N = slots(self._page_M, self._within_M, key.shape[1])
+            self._slot_N = slots(self._page_M, self._within_M, 2 * key.shape[1])
         key_MHd, value_MHd = (x[0].transpose(0, 1).index_select(0, self._row_M) for x in (key, value))
         self._pool.write(layer_idx, key_MHd, value_MHd, self._slot_N)
         return key, value
@@ -195,7 +195,7 @@ class DecodeCache:
 
     def arrange(self, rows: Sequence[CachedSequence]) -> None:
         """Decode these sequences from now on; those that were here before keep their place in the tables."""
-        pool = self._pool.layers[0][0]
+        pool = self._pool.layers[0]
         old = {id(row): number for number, row in enumerate(self.rows)}
         kept_tokens = [known + self._steps for known in self._arranged_at]
         self.rows = sorted(rows, key=lambda row: row.num_pages, reverse=True)
@@ -281,11 +281,11 @@ class DecodeCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens ``[B, kv_heads, 1, head_dim]``; returns the layer's pages, keys and values."""
+        """Write the new tokens ``[B, kv_heads, 1, head_dim]``; returns the layer's pages, which hold both, twice."""
         if self._slot_N is None:
-            self._slot_N = slots(self._page_B, self._within_B, key.shape[1])
+            self._slot_N = slots(self._page_B, self._within_B, 2 * key.shape[1])
         self._pool.write(layer_idx, key.squeeze(2), value.squeeze(2), self._slot_N)
-        return self._pool.layers[layer_idx]
+        return self._pool.layers[layer_idx], self._pool.layers[layer_idx]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

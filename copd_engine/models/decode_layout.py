@@ -60,15 +60,15 @@ class DecodeLayout:
             ]
         return self._gathers[num_heads]
 
-    def gather(self, name: str, pages: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """``pages.index_select(0, index)`` in memory that the next gather under the same ``name`` overwrites.
+    def gather(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """``rows.index_select(0, index)`` in memory that the next gather overwrites.
 
         Fresh memory for each call can cost as much as all the rest: the system hands it out page by page.
         """
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < len(index) or buffer.shape[1:] != pages.shape[1:]:
-            self._buffers[name] = buffer = pages.new_empty(len(index), *pages.shape[1:])
-        return torch.index_select(pages, 0, index, out=buffer[: len(index)])
+        buffer = self._buffers.get("rows")
+        if buffer is None or len(buffer) < len(index) or buffer.shape[1:] != rows.shape[1:]:
+            self._buffers["rows"] = buffer = rows.new_empty(len(index), *rows.shape[1:])
+        return torch.index_select(rows, 0, index, out=buffer[: len(index)])
 
     def varlen(self, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """For flash-attn: int64 ``[S * num_heads]``, the rows of ``[pages * num_heads * PAGE, head_dim]`` that hold the
