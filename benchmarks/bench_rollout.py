@@ -3,7 +3,7 @@
 ``python -m benchmarks.bench_rollout`` samples with every engine of :data:`ENGINES` side by side, in turns:
 
 - 1, 16 and 64 sequences that start together, all from different prompts of text, image and video;
-- 256 requests in groups of 8 whose lengths differ as they do in training (one in twenty reaches the limit of 512
+- 256 requests in groups of 8 whose lengths differ as they do in training (about one in fifteen reaches the limit of 512
   tokens), 64 at a time, with a key/value cache that holds them all and with smaller ones.
 
 Weights are random, so that a response ends by chance alone. No time is a test's pass or fail.
@@ -50,7 +50,7 @@ ENGINES: dict[str, Build] = {"embedded": _embedded}
 
 @dataclass(frozen=True)
 class Settings:
-    """``end_probability``: of ending at each token, which makes lengths geometric; at 1/170 5 % reach 512 tokens."""
+    """``end_probability``: of ending at each token, which makes lengths nearly geometric."""
 
     repeats: int = 7
     sequences: tuple[int, ...] = (1, 16, 64)

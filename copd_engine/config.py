@@ -231,13 +231,12 @@ class RolloutConfig(_Config):
     takes sglang where it is installed beside a CUDA GPU. ``max_running``: sequences decoded side by side.
     ``max_cached_tokens``: how many tokens' keys and values the embedded engine holds, a prompt's once for its group.
 
-    The rest is for sglang. ``isolate`` hosts the engine in a
-    process of its own, which its failures cannot leave; false: in the trainer's. ``memory_fraction`` of the GPU is for
-    weights and KV cache, ``kv_cache_tokens`` limits the cache (a CPU gets room for ``max_running`` sequences).
-    ``tensor_parallel``: GPUs per copy of the model. ``bucket_mb``: weights travel in buckets of that size.
-    ``deterministic``: kernels whose result does not depend on the
-    batch. ``max_staleness``: how many versions behind the trainer a token's weights may be. ``request_timeout_s``: a
-    request without an answer by then is sampled once more and then dropped from its group; ``start_timeout_s`` bounds
+    The rest is for sglang. ``isolate`` hosts the engine in a process of its own, which its failures cannot leave;
+    false: in the trainer's. ``memory_fraction`` of the GPU is for weights and KV cache, ``kv_cache_tokens`` limits the
+    cache (a CPU gets room for ``max_running`` sequences). ``tensor_parallel``: GPUs per copy of the model.
+    ``bucket_mb``: weights travel in buckets of that size. ``deterministic``: kernels whose result does not depend on
+    the batch. ``max_staleness``: how many versions behind the trainer a token's weights may be. ``request_timeout_s``:
+    a request without an answer by then is sampled once more and then dropped from its group; ``start_timeout_s`` bounds
     the engine's start, and ``max_restarts`` how often in a row it may die.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -33,6 +33,13 @@ class Counts:
     num_preempted: int = 0
     cached_tokens: int = 0
     cache_bytes: int = 0
+
+    def take(self) -> dict[str, float]:
+        """All fields, which start anew at 0."""
+        taken = asdict(self)
+        for name in taken:
+            setattr(self, name, 0)
+        return taken
 
 
 class ContinuousBatch:

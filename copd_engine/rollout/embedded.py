@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 
@@ -88,8 +87,7 @@ class EmbeddedEngine(RolloutEngine):
     def stats(self) -> dict[str, float]:
         """The fields of :class:`copd_engine.rollout.continuous_batch.Counts`, and ``occupancy``: the share of
         ``max_running`` that was in use, mean over decode steps."""
-        counts = asdict(self._counts)
-        self._counts.__init__()  # type: ignore[misc]
+        counts = self._counts.take()
         places = counts["num_decode_steps"] * self._max_running
         return counts | {"occupancy": counts["num_running"] / places if places else 0.0}
 
