@@ -30,7 +30,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
          "system": {"rss_bytes": n, "gpu": null | [{"memory_used_bytes": n, "memory_total_bytes": n,
                                                     "utilization_percent": x, "power_w": x}]},
          "rollout_engine": {...},                 # RolloutEngine.stats() of the step: counts, bytes, seconds
-         "verifier_failures": {"timeouts": n, "out_of_memory": n, "crashes": n}}     # scored 0, since the process began
+         "verifier_failures": {"timeouts": n, "out_of_memory": n, "crashes": n}}     # scored 0, in this step
 
     Any value may be missing or null (a skipped step has no loss); NaN and infinity are written as null. A line with
     ``"step": 0, "phase": "base"`` may open the file, with "evaluate" and "diagnostics" of the base alone.

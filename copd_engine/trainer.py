@@ -77,13 +77,15 @@ class Trainer:
             )
             for name in self.schedule.students
         }
-        self._scratch = tempfile.TemporaryDirectory(prefix="copd-")
+        # sglang reads a model from a folder; the embedded engine needs none.
+        needs_folder = config.rollout.engine == "sglang"
+        self._scratch = tempfile.TemporaryDirectory(prefix="copd-") if needs_folder else None
         self.engine = create_engine(
             config.rollout,
             config.model,
             {name: branch.policy for name, branch in self.branches.items()},
             self.encoder,
-            Path(self._scratch.name),
+            Path(self._scratch.name if self._scratch else "."),
         )
         streams = prompt_sources(config, self.schedule.students, examples, self.encoder)
         self.steps = StepRunner(config, self.branches, self.engine, streams)
@@ -108,7 +110,8 @@ class Trainer:
             return self._train(baseline_rows)
         finally:
             self.engine.close()
-            self._scratch.cleanup()
+            if self._scratch:
+                self._scratch.cleanup()
 
     def _train(self, baseline_rows: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
         run_folder.claim(self.run_dir, self.config)
@@ -152,7 +155,7 @@ class Trainer:
     def step(self, plan: StepPlan) -> dict[str, Any]:
         """One optimizer step of every branch; returns its metrics record."""
         begin = time.perf_counter()
-        timer = Timer()
+        timer, failures = Timer(), asdict(shared_pool().failures)
         per_branch = self.steps.run(plan, timer)
         record: dict[str, Any] = {
             "step": plan.step,
@@ -173,7 +176,8 @@ class Trainer:
         record["elapsed_s"] = self._elapsed()
         record["system"] = system_stats()
         record["rollout_engine"] = self.engine.stats()
-        record["verifier_failures"] = asdict(shared_pool().failures)
+        now = asdict(shared_pool().failures)
+        record["verifier_failures"] = {kind: count - failures[kind] for kind, count in now.items()}
         return record
 
     # Measuring
