@@ -135,9 +135,7 @@ def test_a_request_draws_the_same_whatever_else_is_in_the_batch(model, ending, p
     shuffled = engine.generate("e", [asked[i] for i in order], sampling)
     assert_same([together[i] for i in order], shuffled)
     for limit in (1, 5, 24, 100):
-        assert_same(
-            together, EmbeddedEngine({"e": ending}, encoder, max_running=limit).generate("e", asked, sampling)
-        )
+        assert_same(together, EmbeddedEngine({"e": ending}, encoder, max_running=limit).generate("e", asked, sampling))
 
 
 def test_longer_limits_extend_a_response(model, ending, prompts):
