@@ -42,7 +42,11 @@ def trained(material: tuple[Path, Path], folder: Path, engine: str, **model: Any
 
 @pytest.mark.parametrize(
     ("engine", "model"),
-    [("embedded", {}), ("sglang", {}), ("sglang", {"lora": {"rank": 2}})],
+    [
+        ("embedded", {}),
+        ("sglang", {}),
+        pytest.param("sglang", {"lora": {"rank": 2}}, marks=pytest.mark.slow),
+    ],
     ids=["embedded", "sglang", "sglang with adapters"],
 )
 def test_a_run_with_each_engine(material, tmp_path, engine, model):
