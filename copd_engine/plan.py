@@ -11,16 +11,13 @@ import functools
 from dataclasses import dataclass
 
 from copd_engine.algorithms import Schedule
-from copd_engine.config import LoraConfig, ModelConfig, RolloutConfig, RunConfig
+from copd_engine.config import LoraConfig, ModelConfig, RunConfig
 from copd_engine.models.cache import pages_of
 from copd_engine.models.decode_layout import GPU_CALL_BYTES, PAGE
 from copd_engine.models.meta import ModelSizes, model_sizes
 from copd_engine.plan_estimates import CONTEXT_BYTES, activation_bytes, lm_head_bytes, reserve_bytes
 from copd_engine.plan_moves import Moves, step_moves
 from copd_engine.types import UserError
-
-#: The trainer's evaluation at the end samples with an embedded engine of these bounds, its defaults.
-EVALUATION_TOKENS, EVALUATION_RUNNING = RolloutConfig().max_cached_tokens, RolloutConfig().max_running
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,8 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
     room = _room(min(free, cache_limit), kv_bytes, longest, rollout.max_running)
     beside = gpu_bytes - total(resident) - total(training) - total(copies)
     cache = max(cache_limit, kv_bytes * longest)  # one sequence at least
-    tokens = min(EVALUATION_TOKENS, EVALUATION_RUNNING * sample)
+    # The models at the end are evaluated by an embedded engine, whatever sampled before.
+    tokens = min(rollout.max_cached_tokens, rollout.max_running * sample)
     evaluation = sizes.kv_bytes_per_token(itemsize) * tokens
     end = (
         Item("merged model", sizes.weight_bytes if num_experts > 1 else 0, True),

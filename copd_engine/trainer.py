@@ -25,7 +25,7 @@ from copd_engine.evaluate import Accuracy, evaluate
 from copd_engine.inputs import held_out_prompts, load_train_examples, prompt_sources
 from copd_engine.merge import merge
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
-from copd_engine.models.base import Policy
+from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.loading import load_model
 from copd_engine.resolve import resolve
 from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows
@@ -318,7 +318,7 @@ class Trainer:
 
     def _row(self, label: str, kind: str, policy: Policy, rollouts: int) -> dict[str, Any]:
         """Evaluate a model, keep some samples, save it unless it is the base."""
-        engine = EmbeddedEngine({label: policy}, self.encoder)
+        engine = _evaluation_engine(self.config, label, policy, self.encoder)
         accuracies, samples = self._evaluate_one(engine, label, self.config.eval.final_num_prompts)
         if label in dict(MERGED_LABELS.values()):
             self._keep_samples(self.schedule.num_steps, label, samples)
@@ -364,6 +364,11 @@ def _accuracy_line(method: str, record: dict[str, Any]) -> str:
     return f"{method} step {record['step']} held-out accuracy  " + "  |  ".join(rows)
 
 
+def _evaluation_engine(config: RunConfig, label: str, policy: Policy, encoder: PromptEncoder) -> EmbeddedEngine:
+    """For a model that is no expert of the run's engine, such as the merge."""
+    return EmbeddedEngine({label: policy}, encoder, config.rollout.max_running, config.rollout.max_cached_tokens)
+
+
 def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:
     """Accuracy of ``config.model`` on the first held-out prompts of every branch."""
     config = resolve(config)
@@ -374,5 +379,5 @@ def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:
         for number, branch in enumerate(config.branches)
     }
     sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
-    engine = EmbeddedEngine({"model": policy}, encoder)
+    engine = _evaluation_engine(config, "model", policy, encoder)
     return evaluate(engine, "model", prompts, sampling, derive_seed(config.seed, "eval"))[0]
