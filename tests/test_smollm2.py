@@ -129,7 +129,6 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.slow
 def test_three_grpo_steps_on_real_questions(smollm2: tuple[Any, Any]) -> None:
     """Sampled by the embedded engine, scored by reasoning-gym, and at every step the log-probs are transformers'."""
     pytest.importorskip("reasoning_gym")
