@@ -22,7 +22,7 @@ from tests.helpers import tiny_model
 
 NUM_ROWS = 16
 #: What differs between two equal runs.
-TIMES = ("elapsed_s", "step_s", "time_s", "system")
+TIMES = ("elapsed_s", "step_s", "time_s", "system", "rollout_engine")
 
 
 def write_base(folder: Path) -> Path:
