@@ -6,21 +6,17 @@ within each round, so a drift of the machine hits all alike: compare ratios, whi
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.command import main_of
 from benchmarks.measure import extra_bytes, process_peak_bytes
 from benchmarks.packing_plans import partitions, planning
 from benchmarks.packing_problem import (
@@ -68,24 +64,10 @@ class Settings:
     models: tuple[str, ...] = ("text", "mixed")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="bench_packing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(arguments: Sequence[str] | None = None) -> None:
+    main_of(
+        "bench_packing", __doc__, Settings.repeats, lambda repeats: run(Settings(repeats=repeats)), render, arguments
     )
-    parser.add_argument("--repeats", type=int, default=Settings.repeats, help="rounds of the timed steps")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    command = "python -m benchmarks.bench_packing " + shlex.join(sys.argv[1:] if arguments is None else arguments)
-    record = {"command": command.strip(), "threads": options.threads, **run(Settings(repeats=options.repeats))}
-    text = render(record)
-    print(text)
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(text)
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -11,21 +11,17 @@ Weights are random, so that a response ends by chance alone. No time is a test's
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.command import main_of
 from benchmarks.measure import MIB
 from benchmarks.packing_tables import table
 from copd_engine import run_folder
@@ -63,24 +59,10 @@ class Settings:
     caches: tuple[int, ...] = (262_144, 4096, 2048)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="bench_rollout", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(arguments: Sequence[str] | None = None) -> None:
+    main_of(
+        "bench_rollout", __doc__, Settings.repeats, lambda repeats: run(Settings(repeats=repeats)), render, arguments
     )
-    parser.add_argument("--repeats", type=int, default=Settings.repeats, help="rounds")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    command = "python -m benchmarks.bench_rollout " + shlex.join(sys.argv[1:] if arguments is None else arguments)
-    record = {"command": command.strip(), "threads": options.threads, **run(Settings(repeats=options.repeats))}
-    text = render(record)
-    print(text)
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(text)
 
 
 def run(settings: Settings) -> dict[str, Any]:
