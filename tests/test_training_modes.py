@@ -115,3 +115,18 @@ def test_gradient_checkpointing_changes_no_number(material: tuple[Path, Path], t
     one, two = (weights(run / "models/merged") for run in runs)
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_branches_are_merged_from_their_masters(material: tuple[Path, Path], tmp_path: Path) -> None:
+    """1 + .45 u, 1 + .45 u and 1 + .9 u, u the spacing of bf16 above 1: the mean is 1 + u when it is rounded, and 1
+    when the branches are rounded first."""
+    trainer = Trainer(build_config(config_of(material, tmp_path, dtype="bfloat16")), tmp_path / "run")
+    name = "model.language_model.norm.weight"
+    for branch, share in zip(trainer.branches.values(), (0.45, 0.45, 0.9), strict=True):
+        with torch.no_grad():
+            branch.masters.tensors[name].fill_(1 + share * 2.0**-7)
+        branch.masters.round_into_model()
+    assert sorted({float(b.parameters[name][0]) for b in trainer.branches.values()}) == [1.0, 1 + 2.0**-7]
+    merged = trainer.merged_parameters()[name]
+    assert merged.dtype == torch.bfloat16
+    assert set(merged.tolist()) == {1 + 2.0**-7}
