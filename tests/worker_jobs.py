@@ -46,9 +46,13 @@ def allocate(num_bytes: int) -> float:
     return float(len(bytearray(num_bytes)) > 0)
 
 
+kept: list[bytearray] = []
+
+
 def grow(num_bytes: int) -> float:
-    """Touches the memory, and gives it back."""
-    return float(bytearray(b"x" * num_bytes)[-1] == ord("x"))
+    """Touches the memory and keeps it, as sympy keeps what it computed."""
+    kept.append(bytearray(b"x") * num_bytes)
+    return float(kept[-1][-1] == ord("x"))
 
 
 def address_space_limit() -> float:

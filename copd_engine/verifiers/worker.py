@@ -17,6 +17,8 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
+import psutil
+
 from copd_engine.verifiers.pool import BEGIN, OUT_OF_MEMORY
 
 _PARENT_CHECK_S = 1.0
@@ -31,7 +33,7 @@ def main(arguments: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    connection = Connection(fd)
+    connection, own = Connection(fd), psutil.Process()
     # A scorer or a warning may print; from here on an error travels through the connection.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -42,7 +44,8 @@ def main(arguments: list[str]) -> None:
             reply = _compare(connection, connection.recv_bytes(), cpu_s, wall_s)
             connection.send_bytes(json.dumps(reply).encode())
             # sympy keeps what it computed. Leaving is safe here: the parent starts a new worker for the next job.
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > memory_bytes / 2:
+            # Not ru_maxrss: a process begins with that of its parent, and a trainer's is large.
+            if own.memory_info().rss > memory_bytes / 2:
                 return
 
 
