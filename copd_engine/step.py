@@ -10,17 +10,17 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from copd_engine.algorithms import Assignment, StepPlan
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
-from copd_engine.length_limit import LimitedRollouts, limit_length
-from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+from copd_engine.objectives import TrainSample
 from copd_engine.prompts import PromptSource
 from copd_engine.rewards import Reward, RewardScore
 from copd_engine.rollout.base import RolloutEngine, Sampling
+from copd_engine.samples import SampleBuilder, mean_of
 from copd_engine.types import Rollout, RolloutRequest
 
 
@@ -53,6 +53,7 @@ class StepRunner:
         self.branches = branches
         self.engine = engine
         self.streams = streams
+        self._samples = SampleBuilder(config, branches)
         self.sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
         self.rewards = {
             branch.name: Reward(branch.reward, config.rollout.max_new_tokens, f"branches.{number}.reward")
@@ -75,11 +76,9 @@ class StepRunner:
             per_branch[student] = {"rollout": {}}
             samples[student] = []
             for assignment, rollouts, scores in rewarded:
-                if assignment.teacher is None:
-                    kept, stats = self._native_samples(assignment, rollouts)
-                else:
-                    with timer("teacher"):
-                        kept, stats = self._cross_samples(assignment, rollouts)
+                with timer("teacher") if assignment.teacher else nullcontext():
+                    kept, stats = self._samples.samples(assignment, rollouts)
+                stats["prompts_skipped"] = self.streams[student, assignment.source].num_skipped
                 stats["reward_terms"] = _term_means(scores)
                 per_branch[student]["rollout"][assignment.source] = stats
                 samples[student] += kept
@@ -131,81 +130,9 @@ class StepRunner:
         scores = self.rewards[assignment.source].score(rollouts)
         return [r.with_reward(score.total) for r, score in zip(rollouts, scores, strict=True)], scores
 
-    def _native_samples(
-        self, assignment: Assignment, rollouts: Sequence[Rollout]
-    ) -> tuple[list[TrainSample], dict[str, Any]]:
-        """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded.
-
-        The advantages are those of the whole group; what is too long is cut or left out after.
-        """
-        objective = self.config.objective
-        if not rollouts:
-            return [], self._stats(assignment, rollouts, LimitedRollouts([])) | {
-                "zero_variance_groups": 0,
-                "num_groups": 0,
-            }
-        advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
-        advantage_of = {id(rollout.request): advantage for rollout, advantage in zip(rollouts, advantages, strict=True)}
-        limited = self._limited(rollouts)
-        samples = [
-            TrainSample(
-                rollout=rollout,
-                term=assignment.term,
-                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
-                advantage=advantage_of[id(rollout.request)],
-            )
-            for rollout in limited.rollouts
-            if advantage_of[id(rollout.request)] != 0.0
-        ]
-        stats = self._stats(assignment, rollouts, limited)
-        return samples, stats | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
-
-    def _cross_samples(
-        self, assignment: Assignment, rollouts: Sequence[Rollout]
-    ) -> tuple[list[TrainSample], dict[str, Any]]:
-        """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
-        assert assignment.teacher is not None
-        limited = self._limited(rollouts)
-        scores = self.branches[assignment.teacher].score(limited.rollouts)
-        samples = [
-            TrainSample(
-                rollout=rollout,
-                term=assignment.term,
-                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
-                teacher_logp_N=teacher_logp_N,
-                beta=self.branches[assignment.student].beta,
-            )
-            for rollout, teacher_logp_N in zip(limited.rollouts, scores, strict=True)
-        ]
-        return samples, self._stats(assignment, rollouts, limited)
-
-    def _limited(self, rollouts: Sequence[Rollout]) -> LimitedRollouts:
-        """What is trained on: within ``optim.max_length``, and under ``mask_truncated`` only what ended by itself."""
-        if self.config.objective.mask_truncated:
-            rollouts = [rollout for rollout in rollouts if rollout.finish_reason != "length"]
-        return limit_length(rollouts, self.config.optim.max_length, self.config.optim.too_long)
-
-    def _stats(self, assignment: Assignment, rollouts: Sequence[Rollout], limited: LimitedRollouts) -> dict[str, float]:
-        count = len(rollouts)
-        return {
-            "reward_mean": _mean([r.reward for r in rollouts]),
-            "response_tokens_mean": _mean([r.num_tokens for r in rollouts]),
-            "truncated_fraction": _mean([r.finish_reason == "length" for r in rollouts]),
-            "num_rollouts": count,
-            "requests_lost": assignment.num_prompts * self.config.rollout.group_size - count,
-            "too_long_truncated": limited.num_truncated,
-            "too_long_dropped": limited.num_dropped,
-            "prompts_skipped": self.streams[assignment.student, assignment.source].num_skipped,
-        }
-
 
 def _term_means(scores: Sequence[RewardScore]) -> dict[str, float]:
-    return {name: _mean([score.terms[name] for score in scores]) for name in (scores[0].terms if scores else ())}
-
-
-def _mean(values: Sequence[float]) -> float:
-    """NaN where an engine lost all."""
-    return sum(values) / len(values) if values else float("nan")
+    return {name: mean_of([score.terms[name] for score in scores]) for name in (scores[0].terms if scores else ())}
 
 
 def derive_seed(*parts: object) -> int:

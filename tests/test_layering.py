@@ -13,6 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A name stands for the module and for everything below it that has no entry of its own.
 LEVELS = {
+    "copd_engine.config.base": -1,
+    "copd_engine.config.model": -0.9,
+    "copd_engine.config.branch": -0.9,
+    "copd_engine.config.rollout": -0.9,
+    "copd_engine.config.training": -0.9,
+    "copd_engine.config.schedule": -0.9,
+    "copd_engine.config.merge": -0.9,
+    "copd_engine.config.watch": -0.9,
+    "copd_engine.config.run": -0.8,
+    "copd_engine.config.load": -0.7,
     "copd_engine.config": 0,
     "copd_engine.metrics": 0,
     "copd_engine.media": 0.5,
@@ -41,6 +51,7 @@ LEVELS = {
     "copd_engine.algorithms": 3,
     "copd_engine.evaluate": 3.2,
     "copd_engine.result": 3.5,
+    "copd_engine.samples": 3.4,
     "copd_engine.step": 3.5,
     "copd_engine.resolve": 3.5,
     "copd_engine.inputs": 3.6,

@@ -1,0 +1,38 @@
+"""Run configuration: pydantic models, YAML files, ``key=value`` overrides.
+
+Unknown keys and bad values raise :class:`copd_engine.types.UserError` that names the key, the value and
+the nearest right one. Defaults are the paper's where it reports one (``copd.md`` section 5).
+"""
+
+from copd_engine.config.branch import COLUMNS, BranchConfig, DataConfig, MixtureSource, RewardTerm, SourceConfig
+from copd_engine.config.load import build_config, load_config
+from copd_engine.config.merge import MergeConfig
+from copd_engine.config.model import LoraConfig, MediaConfig, ModelConfig
+from copd_engine.config.rollout import RolloutConfig
+from copd_engine.config.run import RunConfig
+from copd_engine.config.schedule import ScheduleConfig
+from copd_engine.config.training import ObjectiveConfig, OptimConfig
+from copd_engine.config.watch import CheckpointConfig, DiagnosticsConfig, EvalConfig
+
+__all__ = [
+    "COLUMNS",
+    "BranchConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DiagnosticsConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "MediaConfig",
+    "MergeConfig",
+    "MixtureSource",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "RewardTerm",
+    "RolloutConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "build_config",
+    "load_config",
+]

@@ -1,0 +1,93 @@
+"""A whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from copd_engine.config.base import NonNegativeInt, Section
+from copd_engine.config.branch import BranchConfig
+from copd_engine.config.merge import MergeConfig
+from copd_engine.config.model import MediaConfig, ModelConfig
+from copd_engine.config.rollout import RolloutConfig
+from copd_engine.config.schedule import ScheduleConfig
+from copd_engine.config.training import ObjectiveConfig, OptimConfig
+from copd_engine.config.watch import CheckpointConfig, DiagnosticsConfig, EvalConfig
+from copd_engine.types import suggest
+
+
+def _folder_name(value: str) -> str:
+    if not value.strip(". ") or set(value) & set("/\\\0"):
+        raise ValueError("must be a folder name: not empty, without slashes")
+    return value
+
+
+class RunConfig(Section):
+    """A whole run.
+
+    ``baselines``: methods to train too, from the same base with the same number of rollouts. ``parallel_baselines``:
+    each in a process of its own beside the run, which needs the cores and the memory for it. ``num_threads`` 0: all.
+    """
+
+    name: Annotated[str, AfterValidator(_folder_name)] = "run"
+    seed: NonNegativeInt = 0
+    method: Literal["copd", "expert", "mixed"] = "copd"
+    baselines: tuple[Literal["expert", "mixed"], ...] = ()
+    parallel_baselines: bool = False
+    output_dir: Path = Path("runs")
+    num_threads: NonNegativeInt = 0
+    device: str = "auto"
+    tensorboard: bool = False
+    model: ModelConfig = ModelConfig()
+    media: MediaConfig = MediaConfig()
+    branches: Annotated[tuple[BranchConfig, ...], Field(min_length=1)]
+    schedule: ScheduleConfig = ScheduleConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    merge: MergeConfig = MergeConfig()
+    eval: EvalConfig = EvalConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> RunConfig:
+        names = [branch.name for branch in self.branches]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"branch name {sorted(twice)[0]!r} is used twice")
+        named = [("schedule.hub", self.schedule.hub)] if self.schedule.hub else []
+        if not isinstance(self.schedule.topology, str):
+            for student, teacher in self.schedule.topology:
+                if student == teacher:
+                    raise ValueError(f"schedule.topology: branch {student!r} cannot teach itself")
+                named += [("schedule.topology", student), ("schedule.topology", teacher)]
+        named += [("merge.weights", name) for name in self.merge.weights or {}]
+        for where, name in named:
+            if name not in names:
+                raise ValueError(f"{where}: no branch is named {name!r}{suggest(name, names)}")
+        weights = self.merge.weights
+        if self.merge.method == "weighted" and set(weights or {}) != set(names):
+            raise ValueError(f"merge.method 'weighted' needs merge.weights for every branch: {', '.join(names)}")
+        if weights is not None and self.merge.method != "weighted":
+            raise ValueError("merge.weights needs merge.method 'weighted'")
+        if weights is not None and not any(weights.values()):
+            raise ValueError("merge.weights are all 0: at least one must be above 0")
+        if "average" in names:
+            raise ValueError("branch name 'average' is taken: the tables call the mean over branches so")
+        max_length, max_prompt = self.optim.max_length, self.rollout.max_prompt_tokens
+        if max_length is not None and max_length <= max_prompt:
+            raise ValueError(
+                f"optim.max_length = {max_length}: must be above rollout.max_prompt_tokens = {max_prompt}, "
+                "or a prompt could leave no room for a response"
+            )
+        for method in self.baselines:
+            if method == self.method or self.baselines.count(method) > 1:
+                raise ValueError(f"baselines: {method!r} would be trained twice")
+        return self
+
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        return tuple(branch.name for branch in self.branches)

@@ -1,0 +1,29 @@
+"""What is measured and kept on the way."""
+
+from __future__ import annotations
+
+from copd_engine.config.base import NonNegativeInt, PositiveInt, Section
+
+
+class EvalConfig(Section):
+    """``every`` steps, 0: only at the start and the end. ``num_prompts`` held-out prompts per domain while training,
+    ``final_num_prompts`` for the closing table; one sample each at the rollout temperature."""
+
+    every: NonNegativeInt = 0
+    num_prompts: PositiveInt = 100
+    final_num_prompts: PositiveInt = 400
+
+
+class DiagnosticsConfig(Section):
+    """(OVERLAP) with k = ``top_k`` and KL between all branches on ``num_prompts`` fixed probe prompts per domain."""
+
+    every: NonNegativeInt = 1
+    num_prompts: PositiveInt = 8
+    top_k: PositiveInt = 10
+
+
+class CheckpointConfig(Section):
+    """``every`` steps (0: only at the end); ``keep`` the newest so many."""
+
+    every: NonNegativeInt = 20
+    keep: PositiveInt = 2

@@ -1,0 +1,98 @@
+"""From rewarded rollouts to the samples of a loss: GRPO on a branch's own prompts, distillation on a teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from copd_engine.algorithms import Assignment
+from copd_engine.branch import Branch
+from copd_engine.config import RunConfig
+from copd_engine.length_limit import LimitedRollouts, limit_length
+from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+from copd_engine.types import Rollout
+
+
+class SampleBuilder:
+    """Makes the samples of each assignment, and what there is to say about its rollouts."""
+
+    def __init__(self, config: RunConfig, branches: Mapping[str, Branch]) -> None:
+        self.config = config
+        self.branches = branches
+
+    def samples(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> tuple[list[TrainSample], dict[str, Any]]:
+        """What the student is trained on, and the numbers of ``branches.<name>.rollout.<source>`` in the metrics."""
+        if assignment.teacher is None:
+            return self._native_samples(assignment, rollouts)
+        return self._cross_samples(assignment, rollouts)
+
+    def _native_samples(
+        self, assignment: Assignment, rollouts: Sequence[Rollout]
+    ) -> tuple[list[TrainSample], dict[str, Any]]:
+        """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded.
+
+        The advantages are those of the whole group; what is too long is cut or left out after.
+        """
+        objective = self.config.objective
+        if not rollouts:
+            return [], self._stats(assignment, rollouts, LimitedRollouts([])) | {
+                "zero_variance_groups": 0,
+                "num_groups": 0,
+            }
+        advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
+        advantage_of = {id(rollout.request): advantage for rollout, advantage in zip(rollouts, advantages, strict=True)}
+        limited = self._limited(rollouts)
+        samples = [
+            TrainSample(
+                rollout=rollout,
+                term=assignment.term,
+                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
+                advantage=advantage_of[id(rollout.request)],
+            )
+            for rollout in limited.rollouts
+            if advantage_of[id(rollout.request)] != 0.0
+        ]
+        stats = self._stats(assignment, rollouts, limited)
+        return samples, stats | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
+
+    def _cross_samples(
+        self, assignment: Assignment, rollouts: Sequence[Rollout]
+    ) -> tuple[list[TrainSample], dict[str, Any]]:
+        """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
+        assert assignment.teacher is not None
+        limited = self._limited(rollouts)
+        scores = self.branches[assignment.teacher].score(limited.rollouts)
+        samples = [
+            TrainSample(
+                rollout=rollout,
+                term=assignment.term,
+                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
+                teacher_logp_N=teacher_logp_N,
+                beta=self.branches[assignment.student].beta,
+            )
+            for rollout, teacher_logp_N in zip(limited.rollouts, scores, strict=True)
+        ]
+        return samples, self._stats(assignment, rollouts, limited)
+
+    def _limited(self, rollouts: Sequence[Rollout]) -> LimitedRollouts:
+        """What is trained on: within ``optim.max_length``, and under ``mask_truncated`` only what ended by itself."""
+        if self.config.objective.mask_truncated:
+            rollouts = [rollout for rollout in rollouts if rollout.finish_reason != "length"]
+        return limit_length(rollouts, self.config.optim.max_length, self.config.optim.too_long)
+
+    def _stats(self, assignment: Assignment, rollouts: Sequence[Rollout], limited: LimitedRollouts) -> dict[str, float]:
+        count = len(rollouts)
+        return {
+            "reward_mean": mean_of([r.reward for r in rollouts]),
+            "response_tokens_mean": mean_of([r.num_tokens for r in rollouts]),
+            "truncated_fraction": mean_of([r.finish_reason == "length" for r in rollouts]),
+            "num_rollouts": count,
+            "requests_lost": assignment.num_prompts * self.config.rollout.group_size - count,
+            "too_long_truncated": limited.num_truncated,
+            "too_long_dropped": limited.num_dropped,
+        }
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """NaN where an engine lost all."""
+    return sum(values) / len(values) if values else float("nan")
