@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from copd_engine.config.run import RunConfig
 from copd_engine.types import UserError, suggest
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -20,6 +22,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Raises :class:`UserError` for a missing file, broken YAML, unknown keys or bad values.
     """
+    return build_config(read_mapping(path, overrides), where=str(path))
+
+
+def read_mapping(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The file's mapping with the overrides applied; UserError for a missing file or what is no mapping."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config {path} does not exist")
@@ -31,15 +38,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise UserError(f"config {path} must be a mapping of keys to values, it is {type(data).__name__}")
     for override in overrides or []:
         _apply_override(data, override)
-    return build_config(data, where=str(path))
+    return data
 
 
 def build_config(data: dict[str, Any], where: str = "config") -> RunConfig:
     """Validate a mapping; ``where`` opens the error line."""
+    return validate(RunConfig, data, where)
+
+
+def validate(model: type[Model], data: dict[str, Any], where: str) -> Model:
+    """``data`` as a config of that kind; UserError, opened by ``where``, for the first thing that is wrong."""
     try:
-        return RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error, data)}") from None
+        raise UserError(f"{where}: {_explain(error, model)}") from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -70,7 +82,7 @@ def _index(part: str, items: list[Any], override: str) -> int:
     return int(part)
 
 
-def _explain(error: ValidationError, data: dict[str, Any]) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One problem in one line: key, what it was, what it must be.
 
     An unknown key goes before others: it may be the misspelt one that is missing.
@@ -80,7 +92,7 @@ def _explain(error: ValidationError, data: dict[str, Any]) -> str:
     loc = [str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "list["))]
     key = ".".join(loc)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
+        known = _known_keys(model, loc[:-1])
         return f"unknown key '{key}'{suggest(loc[-1], known)}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
@@ -115,14 +127,15 @@ def _nearest(word: str, choices: list[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    """Field names of the section at ``path``."""
-    section: Any = RunConfig
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the section of ``model`` at ``path``."""
+    section: Any = model
     for part in path:
-        if part.isdigit():
+        if part not in section.model_fields:  # a number of a list, or a key of a mapping
             continue
         annotation = section.model_fields[part].annotation
         while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            annotation = annotation.__args__[0]  # tuple[BranchConfig, ...] and Annotated
+            # tuple[BranchConfig, ...], Annotated, X | None; of a mapping the values
+            annotation = annotation.__args__[1 if get_origin(annotation) is dict else 0]
         section = annotation
     return list(section.model_fields)
