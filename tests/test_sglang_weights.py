@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from copd_engine.rollout.sglang_weights import ALIGNMENT, WeightList, buckets, checkpoint_shapes, word_sum
+from copd_engine.rollout.sglang_weights import (
+    ALIGNMENT,
+    KeptBuffers,
+    WeightList,
+    buckets,
+    checkpoint_shapes,
+    word_sum,
+)
 
 
 def weight_list(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> WeightList:
@@ -49,11 +56,31 @@ def test_buckets_hold_every_tensor_as_the_engine_wants_it(
     )
 
 
+def test_the_next_swap_fills_the_same_memory_a_bucket_each() -> None:
+    kept = KeptBuffers()
+    swaps = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tensors = {name: torch.randn(16 + (seed == 2), 3) for name in "abc"}  # the last one's are larger
+        found = list(buckets(tensors, weight_list(tensors), 1, kept))
+        for bucket, (name, tensor) in zip(found, tensors.items(), strict=True):
+            assert torch.equal(bucket.flat[: tensor.nbytes].view(torch.float32).view(tensor.shape), tensor)
+            assert bucket.flat.is_shared()
+            assert bucket.sums == {name: word_sum(tensor)}
+        swaps.append([bucket.flat.data_ptr() for bucket in found])
+    first, second, larger = swaps
+    assert first == second
+    assert len(set(first)) == 3
+    assert not set(first) & set(larger)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
 def test_the_sum_of_a_whole_is_that_of_its_parts_and_notices_one_bit(dtype: torch.dtype) -> None:
     tensor = (100 * torch.randn(33, 7)).to(dtype)
     parts = [word_sum(part) for part in (tensor[:5], tensor[5:].t(), torch.zeros(3, dtype=dtype))]
     assert word_sum(tensor) == sum(parts) % 2**64
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert word_sum(tensor) == sum(tensor.view(-1).view(words).tolist()) % 2**64
     changed = tensor.clone()
     changed.view(-1).view(torch.uint8)[17] ^= 1
     assert word_sum(changed) != word_sum(tensor)

@@ -49,7 +49,7 @@ class EngineHost:
         except ImportError as error:
             raise UserError(f"rollout.engine = 'sglang': {error}; install the extra 'sglang'") from None
         import psutil
-        from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightsFromTensorReqInput
+        from sglang.srt.managers.io_struct import FreezeGCReq, GenerateReqInput, UpdateWeightsFromTensorReqInput
 
         from copd_engine.rollout.sglang_worker import OurDraws, run_scheduler
 
@@ -73,6 +73,8 @@ class EngineHost:
         atexit.unregister(self._engine.shutdown)
         atexit.register(self.close)
         self._engine.loop.run_until_complete(self._start_listening())
+        # On a CPU every flush collects garbage, which without this walks all of sglang's modules; as its server does.
+        self._engine.tokenizer_manager._dispatch_to_scheduler(FreezeGCReq())
         self._restore(signals)
         signal.signal(signal.SIGQUIT, _scheduler_died)
         self._signals = signals

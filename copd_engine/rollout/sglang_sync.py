@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from copd_engine.rollout.sglang_process import Host
-from copd_engine.rollout.sglang_weights import WeightList, as_payload, as_tensor, buckets, checkpoint_shapes
+from copd_engine.rollout.sglang_weights import (
+    KeptBuffers,
+    WeightList,
+    as_payload,
+    as_tensor,
+    buckets,
+    checkpoint_shapes,
+)
 
 
 class WeightSender:
@@ -25,6 +32,7 @@ class WeightSender:
         self._bucket_bytes = bucket_bytes
         self._num_ranks = num_ranks
         self._weights: WeightList | None = None
+        self._buffers = KeptBuffers()
         self._folder = tempfile.TemporaryDirectory(prefix="copd-sglang-")
         self._numbers = itertools.count()
 
@@ -51,7 +59,7 @@ class WeightSender:
         sums: dict[str, int] = {}
         host.call("begin_weight_update")
         try:
-            for bucket in buckets(named_tensors, weights, self._bucket_bytes):
+            for bucket in buckets(named_tensors, weights, self._bucket_bytes, self._buffers):
                 request = {"operation": "load", "tensors": bucket.entries}
                 answers = self._ask(host, request, {"bucket": bucket.flat})
                 if any(answer["sums"] != bucket.sums for answer in answers):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -36,6 +37,8 @@ def word_sum(tensor: torch.Tensor) -> int:
     of padding add nothing.
     """
     words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+    if words.device.type == "cpu":
+        return int(words.numpy().sum(dtype=np.int64)) % (1 << 64)  # torch would write all words as int64 first
     return int(words.sum(dtype=torch.int64)) % (1 << 64)
 
 
@@ -129,23 +132,49 @@ class Bucket:
     sums: Mapping[str, int]
 
 
-def buckets(named_tensors: Mapping[str, torch.Tensor], weights: WeightList, max_bytes: int) -> Iterator[Bucket]:
+def new_buffer(number: int, size: int, device: torch.device) -> torch.Tensor:
+    """Memory of ``size`` bytes for a bucket; on a CPU it is shared memory."""
+    flat = torch.empty(size, dtype=torch.uint8, device=device)
+    return flat.share_memory_() if device.type == "cpu" else flat
+
+
+class KeptBuffers:
+    """On a CPU, the buffers of one swap for the next, whose buckets are the same: to map as much shared memory anew
+    takes several times as long as to copy the weights into it. A GPU's allocator keeps memory by itself."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, torch.Tensor] = {}
+
+    def __call__(self, number: int, size: int, device: torch.device) -> torch.Tensor:
+        if device.type != "cpu":
+            return new_buffer(number, size, device)
+        if number not in self._buffers or self._buffers[number].numel() != size:
+            self._buffers[number] = new_buffer(number, size, device)
+        return self._buffers[number]
+
+
+def buckets(
+    named_tensors: Mapping[str, torch.Tensor],
+    weights: WeightList,
+    max_bytes: int,
+    buffer: Callable[[int, int, torch.device], torch.Tensor] = new_buffer,
+) -> Iterator[Bucket]:
     """The tensors in the engine's dtypes, in order, in buckets of at most ``max_bytes``, or of one larger tensor.
 
-    Every bucket is memory of its own: the receiver's copy may still be running when the next one is filled. On a CPU it
-    is shared memory.
+    Every bucket is memory of its own: the receiver's copy may still be running when the next one is filled. ``buffer``
+    gives it, by number of the bucket, bytes and device.
     """
     names: list[str] = []
-    size = 0
+    size = number = 0
     for name in named_tensors:
         num_bytes = _padded_bytes(name, weights)
         if names and size + num_bytes > max_bytes:
-            yield _fill(names, size, named_tensors, weights)
-            names, size = [], 0
+            yield _fill(names, buffer(number, size, named_tensors[name].device), named_tensors, weights)
+            names, size, number = [], 0, number + 1
         names.append(name)
         size += num_bytes
     if names:
-        yield _fill(names, size, named_tensors, weights)
+        yield _fill(names, buffer(number, size, named_tensors[names[0]].device), named_tensors, weights)
 
 
 def _padded_bytes(name: str, weights: WeightList) -> int:
@@ -154,10 +183,7 @@ def _padded_bytes(name: str, weights: WeightList) -> int:
 
 
 @torch.no_grad()
-def _fill(names: list[str], size: int, tensors: Mapping[str, torch.Tensor], weights: WeightList) -> Bucket:
-    flat = torch.empty(size, dtype=torch.uint8, device=tensors[names[0]].device)
-    if flat.device.type == "cpu":
-        flat.share_memory_()
+def _fill(names: list[str], flat: torch.Tensor, tensors: Mapping[str, torch.Tensor], weights: WeightList) -> Bucket:
     entries = []
     sums = {}
     start = 0
