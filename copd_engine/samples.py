@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from copd_engine.algorithms import Assignment
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
 from copd_engine.length_limit import LimitedRollouts, limit_length
-from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+from copd_engine.objectives import TrainSample, groups_with_variance, grpo_advantages, token_weight
 from copd_engine.types import Rollout
 
 
@@ -29,7 +30,8 @@ class SampleBuilder:
     def _native_samples(
         self, assignment: Assignment, rollouts: Sequence[Rollout]
     ) -> tuple[list[TrainSample], dict[str, Any]]:
-        """GRPO samples. Responses without advantage add nothing to the gradient; they count but are not forwarded.
+        """GRPO samples. Responses without advantage add nothing to the gradient unless a KL to the reference does; they
+        count but are not forwarded.
 
         The advantages are those of the whole group; what is too long is cut or left out after.
         """
@@ -42,15 +44,25 @@ class SampleBuilder:
         advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
         advantage_of = {id(rollout.request): advantage for rollout, advantage in zip(rollouts, advantages, strict=True)}
         limited = self._limited(rollouts)
+        counted = list(rollouts)
+        if objective.zero_variance == "drop":
+            kept = groups_with_variance(rollouts)
+            counted = [rollout for rollout in rollouts if rollout.request.group in kept]
+        forwarded = {
+            id(rollout.request)
+            for rollout in counted
+            if advantage_of[id(rollout.request)] != 0.0 or objective.kl.weight > 0
+        }
+        weight_of = self._token_weights(assignment, counted, limited.rollouts)
         samples = [
             TrainSample(
                 rollout=rollout,
                 term=assignment.term,
-                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
+                token_weight=weight_of(rollout),
                 advantage=advantage_of[id(rollout.request)],
             )
             for rollout in limited.rollouts
-            if advantage_of[id(rollout.request)] != 0.0
+            if id(rollout.request) in forwarded
         ]
         stats = self._stats(assignment, rollouts, limited)
         return samples, stats | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
@@ -60,19 +72,29 @@ class SampleBuilder:
     ) -> tuple[list[TrainSample], dict[str, Any]]:
         """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
         assert assignment.teacher is not None
+        teacher, beta = self.branches[assignment.teacher], self.branches[assignment.student].beta
         limited = self._limited(rollouts)
-        scores = self.branches[assignment.teacher].score(limited.rollouts)
-        samples = [
-            TrainSample(
-                rollout=rollout,
-                term=assignment.term,
-                token_weight=token_weight(assignment.weight, len(rollouts), rollout.num_tokens),
-                teacher_logp_N=teacher_logp_N,
-                beta=self.branches[assignment.student].beta,
-            )
-            for rollout, teacher_logp_N in zip(limited.rollouts, scores, strict=True)
-        ]
+        weight_of = self._token_weights(assignment, rollouts, limited.rollouts)
+        samples = [TrainSample(r, assignment.term, weight_of(r), beta=beta) for r in limited.rollouts]
+        if self.config.distillation.signal == "sampled":
+            scores = teacher.score(limited.rollouts)
+            samples = [replace(s, teacher_logp_N=logp_N) for s, logp_N in zip(samples, scores, strict=True)]
+        else:
+            states = teacher.teacher_states(limited.rollouts)
+            samples = [replace(s, teacher=of_sample) for s, of_sample in zip(samples, states, strict=True)]
         return samples, self._stats(assignment, rollouts, limited)
+
+    def _token_weights(
+        self, assignment: Assignment, counted: Sequence[Rollout], limited: Sequence[Rollout]
+    ) -> Callable[[Rollout], float]:
+        """Loss weight of a rollout's tokens by ``objective.loss_aggregation``. All of ``counted`` stand in the
+        denominators, also those that are not trained on; of what was cut, the tokens that are left."""
+        left = {id(rollout.request): rollout.num_tokens for rollout in limited}
+        total_tokens = sum(left.get(id(rollout.request), rollout.num_tokens) for rollout in counted)
+        aggregation, max_tokens = self.config.objective.loss_aggregation, self.config.rollout.max_new_tokens
+        return lambda rollout: token_weight(
+            assignment.weight, len(counted), rollout.num_tokens, aggregation, total_tokens, max_tokens
+        )
 
     def _limited(self, rollouts: Sequence[Rollout]) -> LimitedRollouts:
         """What is trained on: within ``optim.max_length``, and under ``mask_truncated`` only what ended by itself."""

@@ -74,6 +74,8 @@ class Trainer:
                 config.objective,
                 config.rollout.temperature,
                 betas.get(name, 1.0),
+                config.distillation,
+                self.base if config.objective.kl.weight > 0 else None,
             )
             for name in self.schedule.students
         }

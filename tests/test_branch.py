@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import copd_engine.batch_loss as batch_loss_module
 import copd_engine.branch as branch_module
 from copd_engine.branch import Branch
 from copd_engine.config import ObjectiveConfig, OptimConfig, build_config
@@ -253,14 +254,14 @@ def test_rows_without_advantage_may_be_left_out(world):
 def calls(monkeypatch) -> list[tuple[Any, dict[str, Any]]]:
     """Results and arguments of every call of the loss."""
     seen: list[tuple[Any, dict[str, Any]]] = []
-    loss = branch_module.linear_policy_loss
+    loss = batch_loss_module.linear_policy_loss
 
     def keep(*args: Any, **kwargs: Any) -> Any:
         result = loss(*args, **kwargs)
         seen.append((result, kwargs))
         return result
 
-    monkeypatch.setattr(branch_module, "linear_policy_loss", keep)
+    monkeypatch.setattr(batch_loss_module, "linear_policy_loss", keep)
     return seen
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3VLForConditionalGeneration
 
-from copd_engine import branch as branch_module
+from copd_engine import batch_loss as batch_loss_module
 from copd_engine.branch import Branch
 from copd_engine.config import ObjectiveConfig, OptimConfig
 from copd_engine.micro_batches import split_micro_batches
@@ -341,7 +341,7 @@ def test_ratios_of_a_branchs_first_update_are_exactly_1(model, samples, monkeypa
         ratios.append(result.ratio_T)
         return result
 
-    monkeypatch.setattr(branch_module, "linear_policy_loss", keep)
+    monkeypatch.setattr(batch_loss_module, "linear_policy_loss", keep)
     metrics = branch.update(
         [
             TrainSample(

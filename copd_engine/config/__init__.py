@@ -5,13 +5,20 @@ the nearest right one. Defaults are the paper's where it reports one (``copd.md`
 """
 
 from copd_engine.config.branch import COLUMNS, BranchConfig, DataConfig, MixtureSource, RewardTerm, SourceConfig
+from copd_engine.config.distillation import DistillationConfig
 from copd_engine.config.load import build_config, load_config
 from copd_engine.config.merge import MergeConfig
 from copd_engine.config.model import LoraConfig, MediaConfig, ModelConfig
 from copd_engine.config.rollout import RolloutConfig
 from copd_engine.config.run import RunConfig
 from copd_engine.config.schedule import ScheduleConfig
-from copd_engine.config.training import ObjectiveConfig, OptimConfig
+from copd_engine.config.training import (
+    DynamicSamplingConfig,
+    ImportanceCorrectionConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ReferenceKlConfig,
+)
 from copd_engine.config.watch import CheckpointConfig, DiagnosticsConfig, EvalConfig
 
 __all__ = [
@@ -20,7 +27,10 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DiagnosticsConfig",
+    "DistillationConfig",
+    "DynamicSamplingConfig",
     "EvalConfig",
+    "ImportanceCorrectionConfig",
     "LoraConfig",
     "MediaConfig",
     "MergeConfig",
@@ -28,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "ReferenceKlConfig",
     "RewardTerm",
     "RolloutConfig",
     "RunConfig",

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from copd_engine.config.base import NonNegativeInt, Section
 from copd_engine.config.branch import BranchConfig
+from copd_engine.config.distillation import DistillationConfig
 from copd_engine.config.merge import MergeConfig
 from copd_engine.config.model import MediaConfig, ModelConfig
 from copd_engine.config.rollout import RolloutConfig
@@ -46,6 +47,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    distillation: DistillationConfig = DistillationConfig()
     optim: OptimConfig = OptimConfig()
     merge: MergeConfig = MergeConfig()
     eval: EvalConfig = EvalConfig()
