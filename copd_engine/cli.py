@@ -75,29 +75,30 @@ def merge_models(
     base: Annotated[str, typer.Argument(help="Base model: Hugging Face folder, 'testbed' or 'smollm2'")],
     branches: Annotated[list[str], typer.Argument(help="Branch models, optionally FOLDER=WEIGHT")],
     out: Annotated[Path, typer.Option(help="Folder for the merged model; must not exist.")],
+    method: Annotated[
+        str | None, typer.Option(help="mean, weighted, task_arithmetic, ties, dare or dare_ties (docs/merge.md).")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of the changes that ties and dare keep.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor of what is added to the base.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare's draws.")] = None,
+    search: Annotated[bool, typer.Option(help="Choose the method on validation prompts of CONFIG.")] = False,
+    retention: Annotated[bool, typer.Option(help="Show what the merged model keeps of each branch.")] = False,
+    config: Annotated[Path | None, typer.Option(help="The run config whose prompts are used.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Prompts per branch.")] = None,
 ) -> None:
-    """theta_0 + the (weighted) mean of the branches' changes, saved in Hugging Face format."""
-    from copd_engine.merge import merge
-    from copd_engine.models.loading import load_model
-    from copd_engine.result import save_model
+    """theta_0 + the (weighted) mean of the branches' changes, or another merge, saved in Hugging Face format."""
+    from copd_engine.merge.command import Judge, MergeModels, recipe_of, run
 
     if out.exists():
         raise UserError(f"--out {out} exists already; name a new folder")
-    weights: dict[str, float] = {}
-    for item in branches:
-        # A folder's own name may hold a '='.
-        path, equals, weight = (item, "", "") if Path(item).is_dir() else item.rpartition("=")
-        try:
-            value = float(weight) if equals else 1.0
-        except ValueError:
-            raise UserError(f"branch {item!r}: the weight after '=' must be a number") from None
-        if (path or item) in weights:
-            raise UserError(f"branch {path or item!r} is named twice; give it a weight instead, e.g. FOLDER=2")
-        weights[path or item] = value
-    policy, encoder = load_model(ModelConfig(path=base))
-    tensors = {path: load_model(ModelConfig(path=path))[0].full_parameters() for path in weights}
-    save_model(policy.with_full_parameters(merge(policy.full_parameters(), tensors, weights)), encoder, out)
-    typer.echo(f"merged {len(tensors)} branches into {out}")
+    if (search or retention) != (config is not None):
+        raise UserError("--search and --retention need --config CONFIG, and only they take it")
+    if search and (method, density, scale, seed) != (None,) * 4:
+        raise UserError("--search chooses the method: leave out --method, --density, --scale and --seed")
+    settings = load_config(config, ["merge={method: search}"] if search else []) if config else None
+    models = MergeModels.open(base, branches)
+    recipe = recipe_of(method, models.weights, density=density, scale=scale, seed=seed)
+    typer.echo(run(models, out, recipe, Judge(settings, num_prompts) if settings else None, search, retention))
 
 
 @app.command()
@@ -170,10 +171,12 @@ def build_testbed(
 
 
 def _print_result(run_dir: Path, result: dict[str, Any]) -> None:
-    from copd_engine.report import result_table
+    from copd_engine.report import result_table, retention_table
 
     typer.echo()
     typer.echo(result_table(result))
+    if kept := retention_table(result):
+        typer.echo(f"\n{kept}\n")
     typer.echo(f"models: {run_dir / 'models'}")
     typer.echo(f"report: {run_dir / 'report.html'}")
 

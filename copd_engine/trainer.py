@@ -19,11 +19,12 @@ from tqdm import tqdm
 from copd_engine import checkpoint, run_folder
 from copd_engine.algorithms import MIXED, Schedule, StepPlan
 from copd_engine.branch import Branch
-from copd_engine.config import RunConfig
+from copd_engine.config import MergeConfig, RunConfig
 from copd_engine.diagnostics import compare_branches
 from copd_engine.evaluate import Accuracy, evaluate
 from copd_engine.inputs import held_out_prompts, load_train_examples, prompt_sources
 from copd_engine.merge import merge
+from copd_engine.merge.search import SEARCH_FILE, search
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.loading import load_model
@@ -332,7 +333,17 @@ class Trainer:
     def merged_parameters(self) -> dict[str, torch.Tensor]:
         """theta*, the merge of the branches as they are now, by Hugging Face names."""
         branches = {name: branch.full_parameters() for name, branch in self.branches.items()}
-        return merge(self.base.full_parameters(), branches, self.config.merge.weights)
+        base, recipe = self.base.full_parameters(), self.config.merge
+        if recipe.method == "search":
+
+            def model_of(candidate: MergeConfig) -> tuple[Policy, PromptEncoder]:
+                return self.base.with_full_parameters(merge(base, branches, candidate)), self.encoder
+
+            found = search(self.config, len(branches), model_of, self.config.eval.final_num_prompts)
+            run_folder.write_json(self.run_dir / SEARCH_FILE, found.as_json())
+            tqdm.write(found.table())
+            recipe = found.best
+        return merge(base, branches, recipe)
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.perf_counter() - self._started

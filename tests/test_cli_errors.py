@@ -226,6 +226,52 @@ def merge_one_branch_twice(_: Site) -> tuple[list[str], tuple[str, ...]]:
     return ["merge", "base", "base", "base=2", "--out", "new"], ("branch 'base' is named twice",)
 
 
+def merge_density_of_mean(_: Site) -> tuple[list[str], tuple[str, ...]]:
+    return ["merge", "base", "base", "--out", "new", "--density", "0.5"], ("method 'mean' takes no 'density'",)
+
+
+def merge_unknown_method(_: Site) -> tuple[list[str], tuple[str, ...]]:
+    return ["merge", "base", "base", "--out", "new", "--method", "tie"], ("--method tie: input should be 'mean'",)
+
+
+def merge_bad_density(_: Site) -> tuple[list[str], tuple[str, ...]]:
+    arguments = ["merge", "base", "base", "--out", "new", "--method", "ties", "--density", "1.5"]
+    return arguments, ("--density 1.5: input should be less than or equal to 1",)
+
+
+def merge_weights_of_ties(_: Site) -> tuple[list[str], tuple[str, ...]]:
+    return ["merge", "base", "base=2", "--out", "new", "--method", "ties"], ("go with --method weighted",)
+
+
+def merge_weighted_without_weights(_: Site) -> tuple[list[str], tuple[str, ...]]:
+    return ["merge", "base", "base", "--out", "new", "--method", "weighted"], ("which needs them",)
+
+
+def merge_search_without_config(_: Site) -> tuple[list[str], tuple[str, ...]]:
+    return ["merge", "base", "base", "--out", "new", "--search"], ("--search and --retention need --config CONFIG",)
+
+
+def merge_search_with_a_method(site: Site) -> tuple[list[str], tuple[str, ...]]:
+    arguments = ["merge", "base", "base", "--out", "new", "--search", "--config", site.write(), "--method", "ties"]
+    return arguments, ("--search chooses the method: leave out --method",)
+
+
+def merge_search_with_weights(site: Site) -> tuple[list[str], tuple[str, ...]]:
+    arguments = ["merge", "base", "base=2", "--out", "new", "--search", "--config", site.write()]
+    return arguments, ("--search takes no weights",)
+
+
+def merge_retention_of_unknown_branches(site: Site) -> tuple[list[str], tuple[str, ...]]:
+    arguments = ["merge", "base", "base", "--out", "new", "--retention", "--config", site.write()]
+    return arguments, ("--retention: base must be the folder of one branch of the config, named branch-text",)
+
+
+def merge_damaged_shard(site: Site) -> tuple[list[str], tuple[str, ...]]:
+    file = site.root / "runs/small/models/branch-text/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    return ["merge", "base", "runs/small/models/branch-text", "--out", "new"], ("model.safetensors cannot be read",)
+
+
 def report_of_nothing(_: Site) -> tuple[list[str], tuple[str, ...]]:
     return ["report", "runs/other"], ("run folder runs/other does not exist",)
 
@@ -276,6 +322,16 @@ BAD: list[Bad] = [
     merge_bad_weight,
     merge_weight_of_nan,
     merge_one_branch_twice,
+    merge_density_of_mean,
+    merge_unknown_method,
+    merge_bad_density,
+    merge_weights_of_ties,
+    merge_weighted_without_weights,
+    merge_search_without_config,
+    merge_search_with_a_method,
+    merge_search_with_weights,
+    merge_retention_of_unknown_branches,
+    merge_damaged_shard,
     report_of_nothing,
     report_of_no_run,
     build_into_a_folder_that_exists,

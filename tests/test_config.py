@@ -88,7 +88,8 @@ def test_an_unknown_key_at_any_depth_names_the_nearest_one(key: str, right: str)
 
 
 def test_an_unknown_key_far_from_all_lists_the_known_ones() -> None:
-    assert error_of(with_value("merge.zzz", 1)) == "unknown key 'merge.zzz' (known: method, weights)"
+    known = "(known: density, method, scale, seed, weights)"
+    assert error_of(with_value("merge.zzz", 1)) == f"unknown key 'merge.zzz' {known}"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_an_unknown_key_far_from_all_lists_the_known_ones() -> None:
         ("optim.weight_decay", -0.1, "greater than or equal to 0"),
         ("method", "coopd", "must be one of copd, expert, mixed (did you mean 'copd'?)"),
         ("baselines", ["copd"], "must be one of expert, mixed"),
-        ("merge.method", "ties", "must be one of mean, weighted"),
+        ("merge.method", "tie", "must be one of mean, weighted, task_arithmetic, ties, dare, dare_ties, search"),
         ("model.dtype", "float16", "must be one of float32, bfloat16 (did you mean 'bfloat16'?)"),
         ("branches.1.beta", -1, "greater than or equal to 0"),
         ("branches.1.name", "an image", "must be letters, digits, _ and -"),
@@ -178,6 +179,10 @@ def test_a_bad_value_names_key_value_and_what_is_right(key: str, value: Any, rig
         (
             {"merge": {"method": "weighted", "weights": {"text": 0, "image": 0, "video": 0}}},
             "merge.weights are all 0: at least one must be above 0",
+        ),
+        (
+            {"merge": {"method": "task_arithmetic", "density": 0.5}},
+            "merge: method 'task_arithmetic' takes no 'density'; ties, dare, dare_ties do",
         ),
         ({"merge": {"weights": {"text": 1, "image": 1, "video": 1}}}, "merge.weights needs merge.method 'weighted'"),
         ({"baselines": ["expert", "expert"]}, "baselines: 'expert' would be trained twice"),

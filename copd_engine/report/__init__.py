@@ -4,6 +4,7 @@ In order: ``run`` reads, ``curves`` and ``figures`` draw, ``tables`` writes numb
 """
 
 from copd_engine.report.page import write_report
+from copd_engine.report.retention import retention_table
 from copd_engine.report.tables import markdown_table, result_table
 
-__all__ = ["markdown_table", "result_table", "write_report"]
+__all__ = ["markdown_table", "result_table", "retention_table", "write_report"]
