@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -351,3 +352,79 @@ def build_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 FEW = {"num_examples": 40, "num_eval": 10, "num_confirm": 10}
+
+
+# The conflict dial
+
+
+def without_symbol(example: Example) -> bool:
+    return tasks.CONFLICT_SYMBOL not in example.prompt
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_dial_at_0_changes_nothing(domain: str, split: tasks.Split) -> None:
+    """And what has no symbol at another setting is what it is at 0."""
+    plain = examples_of(domain, split, 400, 3)
+    assert [content(e) for e in examples_of(domain, split, 400, 3, 0.0)] == [content(e) for e in plain]
+    assert all(map(without_symbol, plain))
+    half = [content(e) for e in examples_of(domain, split, 400, 3, 0.5) if without_symbol(e)]
+    assert set(half) <= {content(e) for e in examples_of(domain, split, 800, 3)}
+
+
+# SHA-256 of the first examples as they were before there was a dial: accuracies of old runs stay comparable.
+BEFORE_THE_DIAL = {
+    "text": "8ce487d230502788a6d20dd902da3888b7e2913377082020d3485373d398b332",
+    "image": "4d0a45c1773223e4ccea82cbba454fa7287be330c20131b59895b24a04b91ede",
+    "video": "037405036edff2da9eb96d479fc934863e91562c96f323a6b4e6931b2c9e48e6",
+}
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_examples_are_those_of_earlier_versions(domain: str) -> None:
+    digest = hashlib.sha256(repr([content(e) for e in examples_of(domain, "train", 50, 0)]).encode()).hexdigest()
+    assert digest == BEFORE_THE_DIAL[domain]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("conflict", [0.25, 1.0])
+def test_the_dial_is_the_share_of_prompts_with_the_symbol(domain: str, conflict: float) -> None:
+    share = sum(not without_symbol(e) for e in examples_of(domain, "train", 2000, 1, conflict)) / 2000
+    assert share == pytest.approx(conflict, abs=4 * (conflict * (1 - conflict) / 2000) ** 0.5)
+    first, again = ([content(e) for e in examples_of(domain, "train", 20, 1, conflict)] for _ in range(2))
+    assert first == again
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_prompts_with_the_symbol_are_one_token_and_their_chains_verified(domain: str) -> None:
+    tokenizer = build_tokenizer()
+    symbol = tokenizer.convert_tokens_to_ids(tasks.CONFLICT_SYMBOL)
+    for example in examples_of(domain, "train", 200, 0, 1.0):
+        assert tokenizer(example.prompt)["input_ids"].count(symbol) == 1
+        verify = get_verifier(example.verifier)
+        assert verify(example.metadata["chain"], example) == 1.0
+        assert verify(f"{example.metadata['chain'][:-1]}{(int(example.answer) + 1) % 10}", example) == 0.0
+
+
+def test_the_symbol_is_minus_in_text_and_the_opposite_in_a_video() -> None:
+    for example in examples_of("text", "train", 200, 0, 1.0):
+        head, _, last = example.prompt.removeprefix("Add up ").removesuffix("=").partition("@")
+        total = sum(int(n) for n in head.replace("-", "+-").split("+"))
+        assert example.answer == str((total - int(last)) % 10)
+    for example in examples_of("video", "train", 100, 0, 1.0):
+        columns = [column_of(frame, 0)[1] for frame in example.videos[0]][::2]
+        assert example.answer == str(sum(b < a for a, b in pairwise(columns)))
+
+
+def test_the_symbol_is_plus_in_an_image() -> None:
+    """The digits' sum stands as without it; in text the same symbol takes the last digit away."""
+    plain = {e.uid: e.answer for e in examples_of("image", "train", 200, 0)}
+    assert {e.uid: e.answer for e in examples_of("image", "train", 200, 0, 1.0)} == plain
+
+
+@pytest.mark.parametrize("domain", ["text", "video"])
+def test_no_problem_with_the_symbol_is_in_both_splits(domain: str) -> None:
+    """Two operators may become the same symbol: what counts is what is shown."""
+    train, held_out = ({content(e)[1:] for e in examples_of(domain, s, 1500, 0, 1.0)} for s in ("train", "eval"))
+    assert not train & held_out
+    assert len(train) == len(held_out) == 1500

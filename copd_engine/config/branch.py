@@ -29,7 +29,8 @@ COLUMNS = (
 class SourceConfig(Section):
     """Where prompts come from.
 
-    ``source: testbed`` takes ``domain`` (text, image, video); ``jsonl`` and ``parquet`` take ``path``;
+    ``source: testbed`` takes ``domain`` (text, image, video) and ``conflict``, the share of its prompts that end in a
+    symbol which means something else in each domain; ``jsonl`` and ``parquet`` take ``path``;
     ``reasoning_gym`` takes ``task`` and its ``task_config``. ``verifier`` overrides the verifier that the rows name.
 
     ``columns`` maps our fields (prompt, messages, images, videos, answer, verifier, uid, fps, metadata, pass_rate) to
@@ -40,6 +41,7 @@ class SourceConfig(Section):
 
     source: Literal["testbed", "jsonl", "parquet", "reasoning_gym"] = "testbed"
     domain: str | None = None
+    conflict: Annotated[Float, Field(ge=0, le=1)] = 0.0
     path: Path | None = None
     eval_path: Path | None = None
     task: str | None = None
@@ -58,6 +60,8 @@ class SourceConfig(Section):
         needed = {"testbed": "domain", "jsonl": "path", "parquet": "path", "reasoning_gym": "task"}.get(self.source)
         if needed is not None and getattr(self, needed) is None:
             raise ValueError(f"source '{self.source}' needs '{needed}'")
+        if self.conflict and self.source != "testbed":
+            raise ValueError(f"conflict = {self.conflict}: only the testbed's prompts have a conflict dial")
         for key in self.columns:
             if key not in COLUMNS:
                 raise ValueError(f"columns: unknown field {key!r}{suggest(key, COLUMNS)}")

@@ -15,11 +15,16 @@ class EvalConfig(Section):
 
 
 class DiagnosticsConfig(Section):
-    """(OVERLAP) with k = ``top_k`` and KL between all branches on ``num_prompts`` fixed probe prompts per domain."""
+    """(OVERLAP) with k = ``top_k`` and KL between all branches on ``num_prompts`` fixed probe prompts per domain.
+
+    ``update_angle``: also the cosine of what two branches learned since the last diagnostics, for which the parameters
+    of each are remembered until the next.
+    """
 
     every: NonNegativeInt = 1
     num_prompts: PositiveInt = 8
     top_k: PositiveInt = 10
+    update_angle: bool = False
 
 
 class CheckpointConfig(Section):

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def load_examples(config: SourceConfig, split: Split, where: str = "branches.0.data") -> Sequence[Example]:
     """All examples of a split; train and eval never share a question.
 
-    - ``testbed``: ``size`` or ``eval_size`` generated examples.
+    - ``testbed``: ``size`` or ``eval_size`` generated examples, a share ``conflict`` of them with the symbol.
     - ``jsonl``, ``parquet``: every row of ``path`` (``size`` does not apply) whose pass rate fits. Eval is every row of
       ``eval_path`` if given, else the last ``eval_size`` rows of ``path`` are held out; half of the rows where the file
       has no more than ``eval_size``. Rows are checked now and parsed again when they are asked for.
@@ -51,7 +51,7 @@ def load_examples(config: SourceConfig, split: Split, where: str = "branches.0.d
 
         size = config.size if split == "train" else config.eval_size
         try:
-            examples = testbed_examples(str(config.domain), split, size, config.seed)
+            examples = testbed_examples(str(config.domain), split, size, config.seed, config.conflict)
         except UserError as error:
             raise UserError(f"{where}.domain: {error}") from None
         if config.verifier is not None:
