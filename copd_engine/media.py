@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from copd_engine.config import MediaConfig
-from copd_engine.types import UserError
+from copd_engine.types import Clip, UserError
 from copd_engine.video_file import choose_frames, decode_frames, grid_points, read_index
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ def check_image(image: ImageInput, where: str) -> None:
 
 def check_video(video: VideoInput, where: str) -> None:
     """UserError unless the file, or a folder with frames, exists; nothing is decoded."""
-    if isinstance(video, Path):
+    if isinstance(video, Clip):
+        check_image(video.path, where)
+    elif isinstance(video, Path):
         if not video.exists():
             raise UserError(f"{where}: {video} does not exist")
         if video.is_dir() and not any(f.suffix.lower() in FRAME_SUFFIXES for f in video.iterdir()):
@@ -107,12 +109,15 @@ def open_video(
     """The frames that the model sees.
 
     A video file is sampled every ``1 / media.video_fps`` seconds (the frame nearest in time; none twice), at least its
-    first and last frame. Frames without times of their own (an array, a ``.npy`` file, a folder or a tuple of images)
-    stand at ``fps`` and all count. More than ``media.video_max_frames`` are thinned evenly, first and last kept.
+    first and last frame; of a :class:`Clip` the same from its start, which is then time 0, to its end. Frames without
+    times of their own (an array, a ``.npy`` file, a folder or a tuple of images) stand at ``fps`` and all count. More
+    than ``media.video_max_frames`` are thinned evenly, first and last kept.
 
     ``resize`` is applied to each frame as it is decoded, so that an hour of video is never held in full size.
     UserError opened by ``where`` for files that are missing, damaged, cut off or without a frame.
     """
+    if isinstance(video, Clip):
+        return _open_file(video.path, media, where, resize, (video.start, video.end))
     if isinstance(video, Path):
         if not video.exists():
             raise UserError(f"{where}: {video} does not exist")
@@ -161,7 +166,7 @@ class _Images(Sequence[np.ndarray]):
         return np.asarray(open_image(self.images[index], self.where))
 
 
-def _frames(video: VideoInput, where: str) -> Sequence[np.ndarray]:
+def _frames(video: np.ndarray | Path | tuple[ImageInput, ...], where: str) -> Sequence[np.ndarray]:
     """uint8 ``[height, width, 3]`` each; UserError where there is none."""
     frames: Any
     if isinstance(video, tuple):
@@ -198,9 +203,13 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 # Video files
 
 
-def _open_file(path: Path, media: MediaConfig, where: str, resize: FrameResize | None) -> Video:
+def _open_file(
+    path: Path, media: MediaConfig, where: str, resize: FrameResize | None, part: tuple[float, float] | None = None
+) -> Video:
     try:
         index = read_index(path, where)
+        if part is not None:
+            index = index.between(*part, f"{where}: {path}")
         grid = choose_frames([index.seconds(pts) for pts in index.pts], index.length, media.video_fps)
         chosen = _thin(grid, media.video_max_frames)
         wanted = [index.pts[i] for i in chosen]

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    ImageInput = Image.Image | Path | bytes
-    VideoInput = np.ndarray | Path | tuple[ImageInput, ...]
-
 
 class UserError(ValueError):
     """A mistake in the user's input: config, data, checkpoint or command line.
@@ -45,6 +42,20 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """The part of a video file from ``start`` to ``end``, in seconds from its first frame."""
+
+    path: Path
+    start: float
+    end: float
+
+
+if TYPE_CHECKING:
+    ImageInput = Image.Image | Path | bytes
+    VideoInput = np.ndarray | Path | Clip | tuple[ImageInput, ...]
+
+
+@dataclass(frozen=True)
 class Example:
     """One prompt with its verifiable answer.
 
@@ -54,8 +65,8 @@ class Example:
     the prompt.
 
     An image is a PIL image, a path or an encoded file's bytes. A video is uint8 ``[frames, height, width, 3]`` at
-    ``fps``, a path, or a tuple of images as frames at ``fps``. Paths and bytes are decoded when the prompt is encoded
-    and not kept. ``where`` says where the row stands (``data.jsonl:7``), for error lines.
+    ``fps``, a path, a part of a video file, or a tuple of images as frames at ``fps``. Paths and bytes are decoded when
+    the prompt is encoded and not kept. ``where`` says where the row stands (``data.jsonl:7``), for error lines.
     """
 
     uid: str

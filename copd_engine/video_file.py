@@ -7,7 +7,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ class VideoIndex:
 
     def seconds(self, pts: int) -> float:
         return (pts - self.pts[0]) * self.time_base
+
+    def between(self, start: float, end: float, where: str) -> VideoIndex:
+        """The frames shown from ``start`` to ``end`` seconds, the one on show at ``start`` first. UserError, opened by
+        ``where``, for a part that is empty or begins after the video's end."""
+        if not start < end or start >= self.length:
+            raise UserError(f"{where}: no part from {start:g} to {end:g} s in a video of {self.length:.1f} s")
+        times = [self.seconds(pts) for pts in self.pts]
+        first = max(0, bisect_right(times, start) - 1)
+        pts = self.pts[first : max(first + 1, bisect_right(times, end))]
+        return replace(self, pts=pts, length=min(end, self.length) - times[first])
 
 
 def grid_points(length: float, fps: float) -> int:

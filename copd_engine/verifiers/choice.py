@@ -50,6 +50,12 @@ def multiple_choice(response: str, example: Example) -> float:
     return float(_settled(find_answer(response), options) == gold)
 
 
+def chosen_letters(response: str, example: Example) -> str | None:
+    """The letters that the response settles on, in order ("AC"); None where it settles on none."""
+    letters = _settled(find_answer(response), _gold(example)[1])
+    return "".join(sorted(letters)) if letters else None
+
+
 def check_choice(example: Example) -> None:
     """Raises UserError for a gold without letters, letters beyond the choices, or choices that are no texts."""
     _gold(example)
