@@ -25,6 +25,7 @@ from copd_engine.branch import Branch
 from copd_engine.config import load_config
 from copd_engine.metrics import peak_rss_bytes
 from copd_engine.objectives import TrainSample
+from copd_engine.step import Timer
 from copd_engine.trainer import Trainer
 from copd_engine.types import Rollout
 
@@ -100,7 +101,7 @@ def compare_packing(trainer: Trainer, repeats: int = 5) -> dict[str, float]:
     plan = trainer.schedule.plan(1)
     name = plan.assignments[-1].student
     branch = trainer.branches[name]
-    [(_, rollouts)] = trainer.steps.roll_out(plan, name)
+    [(rollouts, _)] = trainer.steps.roll_out(replace(plan, assignments=plan.of(name)), Timer()).values()
     weight = 1.0 / len(rollouts)
     shared = [TrainSample(rollout, "grpo", weight, advantage=1.0) for rollout in rollouts]
     repeated = [replace(sample, rollout=_with_own_prompt(sample.rollout)) for sample in shared]

@@ -5,12 +5,12 @@ Terms shape training only. Held-out accuracy is the verifier alone: ``verifiers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from copd_engine.config import RewardTerm
 from copd_engine.types import Rollout, UserError
-from copd_engine.verifiers import get_verifier, shared_pool, verify_all
+from copd_engine.verifiers import begin_verify, get_verifier, shared_pool
 from copd_engine.verifiers.pool import Job
 from copd_engine.verifiers.text import matches_format
 
@@ -49,21 +49,30 @@ class Reward:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[RewardScore]:
         """Total and terms of each rollout, in order. One batch through the workers per term."""
-        columns = [self._values(term, rollouts) for term in self.terms]
+        return self.begin(rollouts)()
+
+    def begin(self, rollouts: Sequence[Rollout]) -> Callable[[], list[RewardScore]]:
+        """:meth:`score` beside the caller: what runs in this process is done at once, in the caller's thread, and what
+        runs in workers goes on. The scores are those of the returned function, which waits for them."""
+        columns = [self._begin(term, rollouts) for term in self.terms]
+        return lambda: self._sums([column() for column in columns])
+
+    def _sums(self, columns: Sequence[Sequence[float]]) -> list[RewardScore]:
         scores = []
         for values in zip(*columns, strict=True):
             total = sum(term.weight * value for term, value in zip(self.terms, values, strict=True))
             scores.append(RewardScore(total, dict(zip(self.names, values, strict=True))))
         return scores
 
-    def _values(self, term: RewardTerm, rollouts: Sequence[Rollout]) -> list[float]:
+    def _begin(self, term: RewardTerm, rollouts: Sequence[Rollout]) -> Callable[[], list[float]]:
         if term.kind == "verifier":
-            return verify_all([(r.text, r.request.prompt.example) for r in rollouts], term.name)
+            return begin_verify([(r.text, r.request.prompt.example) for r in rollouts], term.name)
         if term.kind == "format":
             assert term.pattern is not None
-            return shared_pool().run([Job(matches_format, (r.text, term.pattern)) for r in rollouts])
+            return shared_pool().submit([Job(matches_format, (r.text, term.pattern)) for r in rollouts]).result
         assert term.buffer_tokens is not None
-        return [overlong_penalty(r.num_tokens, self.max_new_tokens, term.buffer_tokens) for r in rollouts]
+        penalties = [overlong_penalty(r.num_tokens, self.max_new_tokens, term.buffer_tokens) for r in rollouts]
+        return lambda: penalties
 
 
 def overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> float:

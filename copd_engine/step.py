@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 from copd_engine.algorithms import Assignment, StepPlan
@@ -63,19 +63,14 @@ class StepRunner:
 
     def run(self, plan: StepPlan, timer: Timer) -> dict[str, dict[str, Any]]:
         """Execute ``plan``; returns the metrics of each branch."""
+        drawn = self.roll_out(plan, timer)
         per_branch: dict[str, dict[str, Any]] = {}
-        drawn: dict[str, list[tuple[Assignment, list[Rollout], list[RewardScore]]]] = {}
-        for student in self.branches:
-            with timer("rollout"):
-                batches = self.roll_out(plan, student)
-            with timer("verify"):
-                drawn[student] = [(assignment, *self._rewarded(assignment, rs)) for assignment, rs in batches]
-        self.engine.sleep()
         samples: dict[str, list[TrainSample]] = {}
-        for student, rewarded in drawn.items():
+        for student in self.branches:
             per_branch[student] = {"rollout": {}}
             samples[student] = []
-            for assignment, rollouts, scores in rewarded:
+            for assignment in plan.of(student):
+                rollouts, scores = drawn[assignment]
                 with timer("teacher") if assignment.teacher else nullcontext():
                     kept, stats = self._samples.samples(assignment, rollouts)
                 stats["prompts_skipped"] = self.streams[student, assignment.source].num_skipped
@@ -94,41 +89,61 @@ class StepRunner:
         for name, branch in self.branches.items():
             self.engine.sync(name, branch.parameters, branch.version)
 
-    def roll_out(self, plan: StepPlan, student: str) -> list[tuple[Assignment, list[Rollout]]]:
-        """All of a student's assignments in one call of the engine."""
-        assignments = plan.of(student)
-        requests: list[RolloutRequest] = []
-        of_assignment: list[set[int]] = []
-        group = 0
-        for assignment in assignments:
-            prompts = self.streams[student, assignment.source].take(assignment.num_prompts)
-            of_assignment.append(set(range(group, group + len(prompts))))
-            for number, prompt in enumerate(prompts):
-                for member in range(self.config.rollout.group_size):
-                    # Not the running group: the order of branches in the config must not change what is drawn.
-                    seed = derive_seed(
-                        self.config.seed, "rollout", plan.step, student, assignment.source, number, member
-                    )
-                    requests.append(RolloutRequest(prompt, seed, group))
-                group += 1
-        rollouts = self.engine.generate(student, requests, self.sampling)
-        self.rollouts_drawn[student] += len(rollouts)
+    def roll_out(self, plan: StepPlan, timer: Timer) -> dict[Assignment, tuple[list[Rollout], list[RewardScore]]]:
+        """The rewarded rollouts of each assignment, in the order of their requests; after it the engine sleeps.
+
+        All students are sampled in one call, so each is swapped in once, or all share a batch. Groups are verified as
+        they finish, by the terms of the branch whose prompts they are, whoever answered.
+        """
+        begun: dict[tuple[str, int], tuple[list[Rollout], Callable[[], list[RewardScore]]]] = {}
+        with timer("rollout"):
+            requests, assignment_of = self._requests(plan)
+            with closing(self.engine.generate_mixed(requests, self.sampling)) as groups:
+                for student, rollouts in groups:
+                    self._check_versions(student, rollouts)
+                    self.rollouts_drawn[student] += len(rollouts)
+                    key = student, rollouts[0].request.group
+                    begun[key] = rollouts, self.rewards[assignment_of[key].source].begin(rollouts)
+            self.engine.sleep()
+        drawn: dict[Assignment, tuple[list[Rollout], list[RewardScore]]] = {a: ([], []) for a in plan.assignments}
+        with timer("verify"):
+            for key, assignment in assignment_of.items():
+                if key not in begun:  # the engine has lost it
+                    continue
+                rollouts, scores_of = begun[key]
+                scores = scores_of()
+                pairs = zip(rollouts, scores, strict=True)
+                drawn[assignment][0].extend(rollout.with_reward(score.total) for rollout, score in pairs)
+                drawn[assignment][1].extend(scores)
+        return drawn
+
+    def _requests(self, plan: StepPlan) -> tuple[dict[str, list[RolloutRequest]], dict[tuple[str, int], Assignment]]:
+        """What each student is asked, and the assignment of each of its groups; groups count from 0 per student."""
+        requests: dict[str, list[RolloutRequest]] = {}
+        assignment_of: dict[tuple[str, int], Assignment] = {}
+        for student in self.branches:
+            requests[student] = []
+            group = 0
+            for assignment in plan.of(student):
+                prompts = self.streams[student, assignment.source].take(assignment.num_prompts)
+                for number, prompt in enumerate(prompts):
+                    for member in range(self.config.rollout.group_size):
+                        # Not the running group: the order of branches in the config must not change what is drawn.
+                        seed = derive_seed(
+                            self.config.seed, "rollout", plan.step, student, assignment.source, number, member
+                        )
+                        requests[student].append(RolloutRequest(prompt, seed, group))
+                    assignment_of[student, group] = assignment
+                    group += 1
+        return requests, assignment_of
+
+    def _check_versions(self, student: str, rollouts: Sequence[Rollout]) -> None:
         for rollout in rollouts:
             if rollout.weight_version != self.branches[student].version:
                 raise RuntimeError(
                     f"the engine sampled with version {rollout.weight_version} of {student!r}, "
                     f"the trainer is at {self.branches[student].version}"
                 )
-        # An engine may have lost some: they belong where their group does, not where they stand.
-        return [
-            (assignment, [rollout for rollout in rollouts if rollout.request.group in groups])
-            for assignment, groups in zip(assignments, of_assignment, strict=True)
-        ]
-
-    def _rewarded(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[RewardScore]]:
-        """By the terms of the branch whose prompts they are, whoever answered."""
-        scores = self.rewards[assignment.source].score(rollouts)
-        return [r.with_reward(score.total) for r, score in zip(rollouts, scores, strict=True)], scores
 
 
 def _term_means(scores: Sequence[RewardScore]) -> dict[str, float]:

@@ -282,6 +282,43 @@ def test_threads_share_the_pool(pool: WorkerPool) -> None:
     assert pool.run(echoes(4)) == [0.0, 0.01, 0.02, 0.03]
 
 
+def test_submitted_batches_are_run_together_beside_the_caller(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that waits for the first is run as one. Equal answers of a batch are compared once, not those of two: which
+    batches meet is chance."""
+    pool.run(echoes(2))
+    sizes = []
+    run = pool._run
+    monkeypatch.setattr(pool, "_run", lambda payloads: sizes.append(len(payloads)) or run(payloads))
+    first = pool.submit([Job(jobs.sleep, (0.5,))])
+    assert wait_until(lambda: sizes == [1], 60)
+    spins = [Job(jobs.spin, ())]
+    later = [pool.submit(batch) for batch in (spins * 2, echoes(3), [], spins)]
+    assert not first.done()
+    assert [future.result() for future in (first, *later)] == [[1.0], [0.0, 0.0], [0.0, 0.01, 0.02], [], [0.0]]
+    assert pool.failures == Failures(timeouts=2)
+    assert sizes == [1, 1 + 3 + 1]
+
+
+def test_a_failure_is_told_to_who_submitted(pool: WorkerPool) -> None:
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: on purpose"):
+        pool.submit([Job(jobs.fail, ())]).result()
+    assert pool.submit(echoes(2)).result() == [0.0, 0.01]
+
+
+def test_closing_does_not_wait_for_what_was_submitted(pool: WorkerPool) -> None:
+    first = pool.submit([Job(jobs.sleep, (0.3 + n / 1000,)) for n in range(200)])
+    assert wait_until(lambda: len(pool.pids) == 2, 60)
+    second = pool.submit(echoes(2))
+    pool.close()
+    assert pool.pids == []
+    with pytest.raises(RuntimeError, match="workers were ended"):
+        first.result(timeout=10)
+    assert second.cancelled()
+    assert pool.submit(echoes(2)).result() == [0.0, 0.01]
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_child_process_has_a_pool_of_its_own(method: str) -> None:
     pytest.importorskip("math_verify")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,9 @@ class Sampling:
 class RolloutEngine(ABC):
     """Samples responses for several experts, each at a known weight version.
 
-    An engine that samples with the trainer's own modules implements :meth:`sync` and :meth:`generate` alone.
+    An engine must implement :meth:`sync`, :meth:`generate` and :meth:`close`. By default :meth:`generate_groups` and
+    :meth:`generate_mixed` wait for :meth:`generate`, one expert after the other, and :meth:`sleep` gives nothing back:
+    both engines here have their own.
     """
 
     @abstractmethod
@@ -43,7 +45,7 @@ class RolloutEngine(ABC):
 
     def generate_groups(
         self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling
-    ) -> Iterator[list[Rollout]]:
+    ) -> Generator[list[Rollout], None, None]:
         """Whole groups (requests of equal ``group``) as they finish, in any order, so that rewards can be computed
         while the rest is sampled. Groups of which nothing remained are left out."""
         for _, group in self.generate_mixed({expert: requests}, sampling):
@@ -51,8 +53,8 @@ class RolloutEngine(ABC):
 
     def generate_mixed(
         self, requests: Mapping[str, Sequence[RolloutRequest]], sampling: Sampling
-    ) -> Iterator[tuple[str, list[Rollout]]]:
-        """Groups of several experts as they finish, each with its expert.
+    ) -> Generator[tuple[str, list[Rollout]], None, None]:
+        """Groups of several experts as they finish, each with its expert. A caller that stops early closes it.
 
         Only an engine that holds all experts' weights at once samples them in one running batch.
         """

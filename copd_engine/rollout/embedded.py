@@ -9,7 +9,7 @@ distribution), so its tokens do not depend on what else is in the batch, up to r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 
@@ -64,14 +64,14 @@ class EmbeddedEngine(RolloutEngine):
 
     def generate_groups(
         self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling
-    ) -> Iterator[list[Rollout]]:
+    ) -> Generator[list[Rollout], None, None]:
         """Whole groups as they finish. Until the last one the engine samples for nobody else: RuntimeError."""
         self._check(expert, requests, sampling)
         return self._groups(expert, requests, sampling)
 
     def generate_mixed(
         self, requests: Mapping[str, Sequence[RolloutRequest]], sampling: Sampling
-    ) -> Iterator[tuple[str, list[Rollout]]]:
+    ) -> Generator[tuple[str, list[Rollout]], None, None]:
         """Groups as they finish, one expert after the other."""
         for expert, asked in requests.items():
             self._check(expert, asked, sampling)
@@ -119,7 +119,9 @@ class EmbeddedEngine(RolloutEngine):
                 f"least that, or a smaller rollout.max_new_tokens"
             )
 
-    def _groups(self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling) -> Iterator[list[Rollout]]:
+    def _groups(
+        self, expert: str, requests: Sequence[RolloutRequest], sampling: Sampling
+    ) -> Generator[list[Rollout], None, None]:
         missing = Counter(request.group for request in requests)
         found: dict[int, dict[int, Rollout]] = {group: {} for group in missing}
         for index, rollout in self._finished(expert, requests, sampling):

@@ -2,7 +2,7 @@
 
 from copd_engine.verifiers.extract import Answer, extract_answer, find_answer
 from copd_engine.verifiers.pool import Failures, Limits, WorkerPool, shared_pool
-from copd_engine.verifiers.registry import VERIFIERS, Verifier, check_example, get_verifier, verify_all
+from copd_engine.verifiers.registry import VERIFIERS, Verifier, begin_verify, check_example, get_verifier, verify_all
 
 __all__ = [
     "VERIFIERS",
@@ -11,6 +11,7 @@ __all__ = [
     "Limits",
     "Verifier",
     "WorkerPool",
+    "begin_verify",
     "check_example",
     "extract_answer",
     "find_answer",

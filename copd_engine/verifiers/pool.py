@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
@@ -127,6 +128,10 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._failed_starts = 0
+        self._submitted: list[tuple[Sequence[Job], Future[list[float]]]] = []
+        self._submitting = threading.Lock()  # of the two around it
+        self._works_off = False
+        self._closing = threading.Event()
 
     @property
     def pids(self) -> list[int]:
@@ -139,30 +144,70 @@ class WorkerPool:
         A job whose worker is killed from outside or crashes gets one more worker. Raises RuntimeError for an exception
         of a job's function, and where workers cannot be started at all.
         """
-        payloads = [pickle.dumps((job.prepare, job.function, job.call)) for job in jobs]
-        # Rollouts of a group often end in the same answer: it is compared once.
-        different = list(dict.fromkeys(payloads))
+        return self._run_batches([jobs])[0]
+
+    def submit(self, jobs: Sequence[Job]) -> Future[list[float]]:
+        """:meth:`run` beside the caller. Batches that wait while another is run are run together."""
+        future: Future[list[float]] = Future()
+        with self._submitting:
+            self._submitted.append((jobs, future))
+            if not self._works_off:
+                self._works_off = True
+                threading.Thread(target=self._work_off, name="verifiers", daemon=True).start()
+        return future
+
+    def close(self) -> None:
+        """End all workers; the next batch starts new ones. What was submitted and has no scores gets none."""
+        with self._submitting:
+            for _, future in self._submitted:
+                future.cancel()
+            self._submitted.clear()
+        self._closing.set()
+        with self._lock:
+            self._closing.clear()
+            for worker in list(self._workers):
+                self._drop(worker)
+
+    def _work_off(self) -> None:
+        """In a thread of its own, which ends when nothing is left."""
+        while True:
+            with self._submitting:
+                batches = self._submitted.copy()
+                self._submitted.clear()
+                if not batches:
+                    self._works_off = False
+                    return
+            try:
+                results = self._run_batches([jobs for jobs, _ in batches])
+            except Exception as error:
+                for _, future in batches:
+                    future.set_exception(error)
+            else:
+                for (_, future), scores in zip(batches, results, strict=True):
+                    future.set_result(scores)
+
+    def _run_batches(self, batches: Sequence[Sequence[Job]]) -> list[list[float]]:
+        payloads = [[pickle.dumps((job.prepare, job.function, job.call)) for job in jobs] for jobs in batches]
+        # Rollouts of a group often end in the same answer: it is compared once. Not across batches: which of them meet
+        # is chance, and the counts of failures must not depend on it.
+        different = list(dict.fromkeys((number, payload) for number, batch in enumerate(payloads) for payload in batch))
         with self._lock:
             try:
-                score_of = dict(zip(different, self._run(different), strict=True))
+                score_of = dict(zip(different, self._run([payload for _, payload in different]), strict=True))
             except BaseException:
                 # Nobody will read the answers that are under way.
                 for worker in [worker for worker in self._workers if worker.job is not None]:
                     self._drop(worker)
                 raise
-        return [score_of[payload] for payload in payloads]
-
-    def close(self) -> None:
-        """End all workers; the next batch starts new ones."""
-        with self._lock:
-            for worker in list(self._workers):
-                self._drop(worker)
+        return [[score_of[number, payload] for payload in batch] for number, batch in enumerate(payloads)]
 
     def _run(self, payloads: list[bytes]) -> list[float]:
         scores = [0.0] * len(payloads)
         waiting = deque(range(len(payloads)))
         crashed_once: set[int] = set()
         while True:
+            if self._closing.is_set():
+                raise RuntimeError("the verifiers' workers were ended")
             while waiting and (idle := self._idle()):
                 self._give(idle, waiting, payloads)
             busy = [worker for worker in self._workers if worker.job is not None]

@@ -102,12 +102,34 @@ def verify_all(pairs: Iterable[tuple[str, Example]], verifier: str | None = None
     Those that run in workers share them; one that hangs costs its own score (0), and nobody else's. How many did so,
     ``shared_pool().failures`` counts.
     """
+    return _verify(_calls(pairs, verifier))
+
+
+def begin_verify(pairs: Iterable[tuple[str, Example]], verifier: str | None = None) -> Callable[[], list[float]]:
+    """:func:`verify_all` beside the caller: what runs in this process is done at once, what runs in workers goes on.
+
+    The scores are those of the returned function, which waits for them.
+    """
+    scores, jobs = _begin(_calls(pairs, verifier))
+    if not jobs:
+        return lambda: scores
+    future = shared_pool().submit(list(jobs.values()))
+    return lambda: _filled(scores, jobs, future.result())
+
+
+def _calls(pairs: Iterable[tuple[str, Example]], verifier: str | None) -> list[tuple[Verifier, str, Example]]:
     pairs = list(pairs)
     found = {name: get_verifier(name) for name in {verifier or example.verifier for _, example in pairs}}
-    return _verify([(found[verifier or example.verifier], response, example) for response, example in pairs])
+    return [(found[verifier or example.verifier], response, example) for response, example in pairs]
 
 
 def _verify(calls: list[tuple[Verifier, str, Example]]) -> list[float]:
+    scores, jobs = _begin(calls)
+    return _filled(scores, jobs, shared_pool().run(list(jobs.values()))) if jobs else scores
+
+
+def _begin(calls: list[tuple[Verifier, str, Example]]) -> tuple[list[float], dict[int, Job]]:
+    """Scores of what runs in this process, and the jobs whose scores are to be filled in, by index."""
     scores = [0.0] * len(calls)
     jobs: dict[int, Job] = {}
     for index, (verifier, response, example) in enumerate(calls):
@@ -120,10 +142,12 @@ def _verify(calls: list[tuple[Verifier, str, Example]]) -> list[float]:
             jobs[index] = score
         else:
             scores[index] = score
-    if jobs:
-        for index, score in zip(jobs, shared_pool().run(list(jobs.values())), strict=True):
-            scores[index] = score
-    return scores
+    return scores, jobs
+
+
+def _filled(scores: list[float], jobs: Mapping[int, Job], of_jobs: list[float]) -> list[float]:
+    filled = dict(enumerate(scores)) | dict(zip(jobs, of_jobs, strict=True))
+    return list(filled.values())
 
 
 def _imported(name: str) -> Verifier:

@@ -1,0 +1,130 @@
+"""A step's rollouts: verified beside generation to the same numbers, one call of the engine, asleep after."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from copd_engine.config import build_config
+from copd_engine.rollout.base import RolloutEngine, Sampling
+from copd_engine.step import Timer
+from copd_engine.trainer import Trainer
+from copd_engine.types import Rollout, RolloutRequest, UserError
+from copd_engine.verifiers import shared_pool
+from tests.small_run import small_config, write_base, write_data
+
+#: Comparisons in worker processes and in this process, summed.
+REWARD = [
+    {"kind": "verifier"},
+    {"kind": "format", "pattern": "[12]+", "weight": 0.5},
+    {"kind": "verifier", "name": "tests.test_step:own", "weight": 0.25},
+]
+calls: list[threading.Thread] = []
+
+
+def own(response: str, example: object) -> float:
+    calls.append(threading.current_thread())
+    return float("1" in response)
+
+
+def failing(response: str, example: object) -> float:
+    raise ValueError("on purpose")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("material")
+    return write_base(folder / "base"), write_data(folder / "data")
+
+
+def trainer_of(material: tuple[Path, Path], output_dir: Path) -> Trainer:
+    config = small_config(*material, output_dir, schedule={"cycles": 1, "rl_steps": 1, "opd_steps": 1})
+    config["branches"] = [branch | {"reward": REWARD} for branch in config["branches"]]
+    return Trainer(build_config(config), output_dir / "run")
+
+
+class Shuffled(RolloutEngine):
+    """Another engine's groups, all experts' mixed, in an order of its own; counts the calls."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+        self.calls: list[str] = []
+
+    def sync(self, *args) -> None:
+        self.engine.sync(*args)
+
+    def generate(self, *args) -> list[Rollout]:
+        return self.engine.generate(*args)
+
+    def generate_mixed(self, requests, sampling):
+        self.calls.append("generate " + " ".join(requests))
+        groups = sorted(self.engine.generate_mixed(requests, sampling), key=lambda found: -found[1][0].request.group)
+        yield from groups
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def test_groups_in_any_order_are_rewarded_as_one_after_the_other(material, tmp_path) -> None:
+    trainer = trainer_of(material, tmp_path)
+    plan = trainer.schedule.plan(2)
+    assert len(plan.assignments) > len(trainer.branches)  # native and cross batches
+    streams = {key: stream.state_dict() for key, stream in trainer.steps.streams.items()}
+    drawn = trainer.steps.roll_out(plan, Timer())
+    for key, stream in trainer.steps.streams.items():
+        stream.load_state_dict(streams[key])
+    trainer.steps.engine = engine = Shuffled(trainer.engine)
+    again = trainer.steps.roll_out(plan, Timer())
+    assert engine.calls == ["generate text image video", "sleep"]
+    assert list(again) == list(drawn) == list(plan.assignments)
+    rewards = set()
+    for assignment, (rollouts, scores) in drawn.items():
+        assert scores == trainer.steps.rewards[assignment.source].score(rollouts)
+        assert [r.reward for r in rollouts] == [score.total for score in scores]
+        assert again[assignment][1] == scores
+        groups = [r.request.group for r in rollouts]
+        assert groups == sorted(groups)
+        assert list(Counter(groups).values()) == [4] * assignment.num_prompts
+        for one, two in zip(rollouts, again[assignment][0], strict=True):
+            assert one.response_ids_N.tolist() == two.response_ids_N.tolist()
+            assert one.request.seed == two.request.seed
+            assert one.request.prompt.example.name == two.request.prompt.example.name
+        rewards |= {score.total for score in scores}
+    assert len(rewards) > 3
+
+
+def test_verification_goes_on_while_the_engine_samples(material, tmp_path, monkeypatch) -> None:
+    """The engine holds its last group back until the workers have scored the first."""
+    trainer = trainer_of(material, tmp_path)
+    submitted = []
+    submit = shared_pool().submit
+    monkeypatch.setattr(shared_pool(), "submit", lambda jobs: submitted.append(submit(jobs)) or submitted[-1])
+    generate = trainer.engine.generate_mixed
+
+    def waiting(requests: Mapping[str, Sequence[RolloutRequest]], sampling: Sampling) -> Iterator:
+        for number, found in enumerate(generate(requests, sampling)):
+            if number == 5:
+                assert len(submitted[0].result(timeout=60)) == 4
+            yield found
+
+    monkeypatch.setattr(trainer.engine, "generate_mixed", waiting)
+    calls.clear()
+    trainer.steps.roll_out(trainer.schedule.plan(1), Timer())
+    assert len(submitted) == 6  # the format terms of two groups of three students
+    assert set(calls) == {threading.main_thread()}  # a user's own verifier may need it
+
+
+def test_a_verifier_that_fails_leaves_the_engine_idle(material, tmp_path, monkeypatch) -> None:
+    trainer = trainer_of(material, tmp_path)
+    monkeypatch.setattr("tests.test_step.own", failing)
+    with pytest.raises(UserError, match=r"tests\.test_step:own.*on purpose") as error:
+        trainer.steps.roll_out(trainer.schedule.plan(1), Timer())
+    trainer.engine.sleep()  # RuntimeError while it samples
+    del error  # whose frames would have kept the generator alive
