@@ -162,6 +162,8 @@ def _restore_moments(branch: Branch, tensors: dict[str, torch.Tensor]) -> None:
         name, _, field = key.rpartition("/")
         parameter = branch.masters.tensors[name]
         branch.optimizer.state[parameter][field] = value.to(parameter.device)
+    if branch.host_states:
+        branch.host_states.to_host()
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:

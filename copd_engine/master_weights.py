@@ -31,6 +31,11 @@ class MasterWeights:
                 parameter.register_post_accumulate_grad_hook(_into(master))
                 self.tensors[name] = master
 
+    @property
+    def copies(self) -> frozenset[str]:
+        """Names of the masters that are memory of their own."""
+        return frozenset(name for name, master in self.tensors.items() if master is not self._parameters[name])
+
     @torch.no_grad()
     def round_into_model(self) -> None:
         """The model's weights become the masters, rounded to nearest."""

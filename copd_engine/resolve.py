@@ -16,7 +16,7 @@ from copd_engine.types import UserError
 def resolve(config: RunConfig) -> RunConfig:
     """The config with every ``auto`` settled for this machine, as it is saved with the run.
 
-    UserError for a device that this machine does not have.
+    UserError for a device that this machine does not have, or that cannot do what is asked of it.
     """
     device = config.device
     if device == "auto":
@@ -25,6 +25,8 @@ def resolve(config: RunConfig) -> RunConfig:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
+    if config.optim.offload and torch.device(device).type != "cuda":
+        raise UserError(f"optim.offload = true: needs a GPU to take the memory from; the device is {device!r}")
     attention = resolve_attention(config.model.attention, torch.device(device), getattr(torch, config.model.dtype))
     liger = resolve_liger(config.model.liger, torch.device(device))
     model = config.model.model_copy(update={"attention": attention, "liger": liger})
