@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from copd_engine.config import LoraConfig, RolloutConfig
 from copd_engine.models.base import PromptEncoder
 from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.rollout.sglang_arguments import engine_arguments
+from copd_engine.rollout.sglang_experts import split_experts
 from copd_engine.rollout.sglang_host import EngineHost
 from copd_engine.rollout.sglang_jobs import Answer, EngineDiedError
 from copd_engine.rollout.sglang_lora import adapter_config, adapter_tensors, base_weights
@@ -93,7 +94,7 @@ class SglangEngine(RolloutEngine):
 
     def sync(self, expert: str, named_tensors: Mapping[str, torch.Tensor], version: int) -> None:
         """Remember the tensors, without a copy. They must stay as they are until the next sync of ``expert``."""
-        tensors = dict(named_tensors)
+        tensors = split_experts(named_tensors)
         self._experts[expert] = _Weights(tensors, version, tuple(t._version for t in tensors.values()))
 
     def _place(self, experts: Sequence[str]) -> None:
@@ -138,7 +139,7 @@ class SglangEngine(RolloutEngine):
 
     def generate_mixed(
         self, requests: Mapping[str, Sequence[RolloutRequest]], sampling: Sampling
-    ) -> Iterator[tuple[str, list[Rollout]]]:
+    ) -> Generator[tuple[str, list[Rollout]], None, None]:
         """Groups of several experts as they finish. With adapters all experts are sampled in one running batch."""
         turns = [requests] if self._lora is not None else [{expert: asked} for expert, asked in requests.items()]
         for turn in turns:
