@@ -27,8 +27,12 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
              {"student": "text", "teacher": "image", "overlap": x, "sum_min": x, "kl_student_teacher": x,
               "kl_teacher_student": x, "symmetric_kl": x}]},
          "evaluate": null | {"text": {"text": x, "image": x, "average": x}},          # branch -> domain -> accuracy
-         "system": {"rss_bytes": n, "gpu": null | [{"memory_used_bytes": n, "memory_total_bytes": n,
-                                                    "utilization_percent": x, "power_w": x}]},
+         "system": {"rss_bytes": n,
+                    "gpu": null | [{"memory_used_bytes": n, "memory_total_bytes": n, "utilization_percent": x,
+                                    "power_w": x,                    # as the line is written, all GPUs of the machine
+                                    "energy_j": x, "mean_utilization_percent": x,
+                                    "peak_memory_bytes": n}],        # of the step, GPUs that the trainer sees
+                    "energy_per_token_j": x},    # of those GPUs; tokens packed for the updates and tokens sampled
          "rollout_engine": {...},                 # RolloutEngine.stats() of the step: counts, bytes, seconds
          "verifier_failures": {"timeouts": n, "out_of_memory": n, "crashes": n}}     # scored 0, in this step
 
@@ -48,7 +52,6 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import math
@@ -56,13 +59,15 @@ import numbers
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import IO, Any
 
 import psutil
 
+from copd_engine.gpu_meter import GpuMeter, gpu_stats
 from copd_engine.types import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -191,60 +196,36 @@ def flatten_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     yield from walk(record, "")
 
 
-def system_stats() -> dict[str, Any]:
+def system_stats(meter: GpuMeter | None = None, num_tokens: int = 0) -> dict[str, Any]:
     """Resident memory of this process, and of every GPU of the machine what NVML says (null where there is none).
 
-    A number that a GPU does not offer (utilisation of a MIG slice, power under virtualisation) is None.
+    A number that a GPU does not offer (utilisation of a MIG slice, power under virtualisation) is None. ``meter``: adds
+    what it has measured, and its energy over ``num_tokens``.
     """
-    return {"rss_bytes": int(psutil.Process().memory_info().rss), "gpu": _gpu_stats()}
+    stats: dict[str, Any] = {"rss_bytes": int(psutil.Process().memory_info().rss), "gpu": gpu_stats()}
+    if meter is not None:
+        for index, use in meter.use.items():
+            stats["gpu"][index] |= asdict(use)
+        energy_j = meter.energy_j()
+        stats["energy_per_token_j"] = energy_j / num_tokens if energy_j is not None and num_tokens else None
+    return stats
+
+
+def step_tokens(branches: Mapping[str, Mapping[str, Any]]) -> int:
+    """Tokens of a step, from the ``branches`` of its record: those packed for the updates and those sampled."""
+    sampled = sum(
+        round(rows["num_rollouts"] * rows["response_tokens_mean"])
+        for branch in branches.values()
+        for rows in branch["rollout"].values()
+        if rows["num_rollouts"]
+    )
+    return sampled + sum(branch["num_packed_tokens"] for branch in branches.values())
 
 
 def peak_rss_bytes() -> int:
     """The largest resident memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)  # Linux counts in KiB, macOS in bytes
-
-
-def _gpu_stats() -> list[dict[str, float | None]] | None:
-    nvml = _nvml()
-    if nvml is None:
-        return None
-    stats = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        device = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, device)
-        rates = _ask(nvml, nvml.nvmlDeviceGetUtilizationRates, device)
-        power_mw = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, device)
-        stats.append(
-            {
-                "memory_used_bytes": None if memory is None else int(memory.used),
-                "memory_total_bytes": None if memory is None else int(memory.total),
-                "utilization_percent": None if rates is None else float(rates.gpu),
-                "power_w": None if power_mw is None else power_mw / 1000,
-            }
-        )
-    return stats or None
-
-
-def _ask(nvml: ModuleType, question: Any, device: Any) -> Any:
-    try:
-        return question(device)
-    except nvml.NVMLError:
-        return None
-
-
-@functools.cache  # opening NVML takes long enough to be felt in every step
-def _nvml() -> ModuleType | None:
-    """nvidia-ml-py, opened; None where the package, the driver or the GPU is missing."""
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return None
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return None
-    return nvml
 
 
 def _summary_writer_class() -> Any:

@@ -22,10 +22,11 @@ from copd_engine.branch import Branch
 from copd_engine.config import MergeConfig, RunConfig
 from copd_engine.diagnostics import compare_branches
 from copd_engine.evaluate import Accuracy, evaluate
+from copd_engine.gpu_meter import GpuMeter
 from copd_engine.inputs import held_out_prompts, load_train_examples, prompt_sources
 from copd_engine.merge import merge
 from copd_engine.merge.search import SEARCH_FILE, search
-from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, system_stats
+from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, step_tokens, system_stats
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.loading import load_model
 from copd_engine.resolve import resolve
@@ -99,6 +100,7 @@ class Trainer:
         self._probes = self._probe_requests()
         self._equal_steps_rows: list[dict[str, Any]] = []
         self._last_checkpoint: Path | None = None
+        self._meter = GpuMeter()
         self._elapsed_before = 0.0
         self._started = time.perf_counter()
 
@@ -159,7 +161,8 @@ class Trainer:
         """One optimizer step of every branch; returns its metrics record."""
         begin = time.perf_counter()
         timer, failures = Timer(), asdict(shared_pool().failures)
-        per_branch = self.steps.run(plan, timer)
+        with self._meter:
+            per_branch = self.steps.run(plan, timer)
         record: dict[str, Any] = {
             "step": plan.step,
             "cycle": plan.cycle,
@@ -177,7 +180,7 @@ class Trainer:
         record["time_s"] = timer.seconds
         record["step_s"] = time.perf_counter() - begin
         record["elapsed_s"] = self._elapsed()
-        record["system"] = system_stats()
+        record["system"] = system_stats(self._meter, step_tokens(per_branch))
         record["rollout_engine"] = self.engine.stats()
         now = asdict(shared_pool().failures)
         record["verifier_failures"] = {kind: count - failures[kind] for kind, count in now.items()}

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copd_engine import metrics
 from copd_engine.metrics import (
     MetricsLog,
     drop_later_steps,
@@ -23,6 +21,7 @@ from copd_engine.metrics import (
     peak_rss_bytes,
     read_jsonl,
     read_metrics,
+    step_tokens,
     system_stats,
 )
 from copd_engine.types import UserError
@@ -195,67 +194,18 @@ def test_a_missing_tensorboard_names_the_extra_and_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-class FakeNvml:
-    """Two GPUs; the second is a slice that offers neither utilisation nor power."""
-
-    class NVMLError(Exception):
-        pass
-
-    def nvmlInit(self) -> None: ...  # noqa: N802
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetMemoryInfo(self, device: int) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(used=(device + 1) * 2**30, total=80 * 2**30)
-
-    def nvmlDeviceGetUtilizationRates(self, device: int) -> SimpleNamespace:  # noqa: N802
-        if device == 1:
-            raise self.NVMLError("not supported")
-        return SimpleNamespace(gpu=97)
-
-    def nvmlDeviceGetPowerUsage(self, device: int) -> int:  # noqa: N802
-        if device == 1:
-            raise self.NVMLError("not supported")
-        return 412_500
-
-
-@pytest.fixture
-def fresh_nvml() -> Any:
-    metrics._nvml.cache_clear()
-    yield
-    metrics._nvml.cache_clear()
-
-
-def test_gpu_numbers(monkeypatch: pytest.MonkeyPatch, fresh_nvml: None) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    first, second = system_stats()["gpu"]
-    assert first == {
-        "memory_used_bytes": 2**30,
-        "memory_total_bytes": 80 * 2**30,
-        "utilization_percent": 97.0,
-        "power_w": 412.5,
+def test_tokens_of_a_step_are_those_packed_and_those_sampled() -> None:
+    branches = {
+        "text": {
+            "num_packed_tokens": 100,
+            "rollout": {
+                "text": {"num_rollouts": 3, "response_tokens_mean": 7 / 3},
+                "image": {"num_rollouts": 0, "response_tokens_mean": math.nan},  # all lost
+            },
+        },
+        "image": {"num_packed_tokens": 0, "rollout": {"image": {"num_rollouts": 2, "response_tokens_mean": 2.5}}},
     }
-    assert second["memory_used_bytes"] == 2 * 2**30
-    assert second["utilization_percent"] is None
-    assert second["power_w"] is None
-
-
-def test_no_driver_means_no_gpu(monkeypatch: pytest.MonkeyPatch, fresh_nvml: None) -> None:
-    class NoDriver(FakeNvml):
-        def nvmlInit(self) -> None:  # noqa: N802
-            raise self.NVMLError("driver not loaded")
-
-    monkeypatch.setitem(sys.modules, "pynvml", NoDriver())
-    assert system_stats()["gpu"] is None
-
-
-def test_no_package_means_no_gpu(monkeypatch: pytest.MonkeyPatch, fresh_nvml: None) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert system_stats()["gpu"] is None
+    assert step_tokens(branches) == 100 + 7 + 5
 
 
 def test_memory_is_that_of_this_process() -> None:
