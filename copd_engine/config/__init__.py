@@ -11,7 +11,7 @@ from copd_engine.config.merge import MergeConfig
 from copd_engine.config.model import LoraConfig, MediaConfig, ModelConfig
 from copd_engine.config.rollout import RolloutConfig
 from copd_engine.config.run import RunConfig
-from copd_engine.config.schedule import ScheduleConfig
+from copd_engine.config.schedule import AdaptiveConfig, DistillationPhase, MopdConfig, ScheduleConfig, StaticOpdConfig
 from copd_engine.config.training import (
     DynamicSamplingConfig,
     ImportanceCorrectionConfig,
@@ -23,11 +23,13 @@ from copd_engine.config.watch import CheckpointConfig, DiagnosticsConfig, EvalCo
 
 __all__ = [
     "COLUMNS",
+    "AdaptiveConfig",
     "BranchConfig",
     "CheckpointConfig",
     "DataConfig",
     "DiagnosticsConfig",
     "DistillationConfig",
+    "DistillationPhase",
     "DynamicSamplingConfig",
     "EvalConfig",
     "ImportanceCorrectionConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "MergeConfig",
     "MixtureSource",
     "ModelConfig",
+    "MopdConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "ReferenceKlConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "StaticOpdConfig",
     "build_config",
     "load_config",
 ]

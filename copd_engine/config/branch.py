@@ -29,8 +29,8 @@ COLUMNS = (
 class SourceConfig(Section):
     """Where prompts come from.
 
-    ``source: testbed`` takes ``domain`` (text, image, video) and ``conflict``, the share of its prompts that end in a
-    symbol which means something else in each domain; ``jsonl`` and ``parquet`` take ``path``;
+    ``source: testbed`` takes ``domain`` (text, image, video) and ``conflict``, the share of its prompts with a symbol
+    that means something else in each domain; ``jsonl`` and ``parquet`` take ``path``;
     ``reasoning_gym`` takes ``task`` and its ``task_config``. ``verifier`` overrides the verifier that the rows name.
 
     ``columns`` maps our fields (prompt, messages, images, videos, answer, verifier, uid, fps, metadata, pass_rate) to

@@ -13,10 +13,18 @@ from copd_engine.config.distillation import DistillationConfig
 from copd_engine.config.merge import MergeConfig
 from copd_engine.config.model import MediaConfig, ModelConfig
 from copd_engine.config.rollout import RolloutConfig
-from copd_engine.config.schedule import ScheduleConfig
+from copd_engine.config.schedule import MopdConfig, ScheduleConfig, StaticOpdConfig
 from copd_engine.config.training import ObjectiveConfig, OptimConfig
 from copd_engine.config.watch import CheckpointConfig, DiagnosticsConfig, EvalConfig
 from copd_engine.types import suggest
+
+BASE = "base"
+#: Names that no branch may have, and why.
+RESERVED_NAMES = {
+    "average": "the tables call the mean over branches so",
+    BASE: "the model that all branches start from is called so",
+    "student": "the student of static_opd and mopd is called so",
+}
 
 
 def _folder_name(value: str) -> str:
@@ -34,8 +42,8 @@ class RunConfig(Section):
 
     name: Annotated[str, AfterValidator(_folder_name)] = "run"
     seed: NonNegativeInt = 0
-    method: Literal["copd", "expert", "mixed"] = "copd"
-    baselines: tuple[Literal["expert", "mixed"], ...] = ()
+    method: Literal["copd", "expert", "mixed", "static_opd", "mopd"] = "copd"
+    baselines: tuple[Literal["expert", "mixed", "static_opd", "mopd"], ...] = ()
     parallel_baselines: bool = False
     output_dir: Path = Path("runs")
     num_threads: NonNegativeInt = 0
@@ -45,6 +53,8 @@ class RunConfig(Section):
     media: MediaConfig = MediaConfig()
     branches: Annotated[tuple[BranchConfig, ...], Field(min_length=1)]
     schedule: ScheduleConfig = ScheduleConfig()
+    static_opd: StaticOpdConfig = StaticOpdConfig()
+    mopd: MopdConfig = MopdConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -77,8 +87,9 @@ class RunConfig(Section):
             raise ValueError("merge.weights needs merge.method 'weighted'")
         if weights is not None and not any(weights.values()):
             raise ValueError("merge.weights are all 0: at least one must be above 0")
-        if "average" in names:
-            raise ValueError("branch name 'average' is taken: the tables call the mean over branches so")
+        for name, taken_by in RESERVED_NAMES.items():
+            if name in names:
+                raise ValueError(f"branch name {name!r} is taken: {taken_by}")
         max_length, max_prompt = self.optim.max_length, self.rollout.max_prompt_tokens
         if max_length is not None and max_length <= max_prompt:
             raise ValueError(
@@ -88,6 +99,29 @@ class RunConfig(Section):
         for method in self.baselines:
             if method == self.method or self.baselines.count(method) > 1:
                 raise ValueError(f"baselines: {method!r} would be trained twice")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> RunConfig:
+        names = self.branch_names
+        static, mopd = self.static_opd, self.mopd
+        named = [("static_opd.student", static.student), ("static_opd.teacher", static.teacher)]
+        named += [("mopd.student", mopd.student if mopd.student != BASE else None)]
+        named += [("mopd.teachers", name) for name in mopd.teachers or ()]
+        for where, name in named:
+            if name is not None and name not in names:
+                raise ValueError(f"{where}: no branch is named {name!r}{suggest(name, names)}")
+        used = {self.method, *self.baselines}
+        if len(names) < 2 and ("static_opd" in used or ("mopd" in used and mopd.student != BASE)):
+            raise ValueError("distillation from one expert into another needs at least two branches")
+        if static.student is not None and static.student == static.teacher:
+            raise ValueError(f"static_opd: branch {static.student!r} cannot teach itself")
+        if mopd.student in (mopd.teachers or ()):
+            raise ValueError(f"mopd: branch {mopd.student!r} cannot teach itself")
+        if mopd.student == BASE and mopd.native_share:
+            raise ValueError("mopd.native_share: the base has no prompts of its own; set mopd.student to a branch")
+        if self.schedule.adaptive is not None and (len(names) < 2 or self.schedule.topology == []):
+            raise ValueError("schedule.adaptive: no branch has a teacher, so there is no distance to decide by")
         return self
 
     @property

@@ -59,7 +59,13 @@ FPS = 2.0
 RED, BLUE = (230, 40, 40), (40, 60, 230)
 
 
-def testbed_examples(domain: str, split: Split, size: int, seed: int, conflict: float = 0.0) -> list[Example]:
+def testbed_examples(
+    domain: str,
+    split: Split,
+    size: int,
+    seed: int,
+    conflict: float = 0.0,  # noqa: PT028  (no test, whatever its name begins with)
+) -> list[Example]:
     """``size`` different examples of a domain; the same arguments give the same examples.
 
     ``conflict``: the share of them with the symbol.

@@ -1,0 +1,22 @@
+"""Algorithms are data: which branch rolls out whose prompts in a step, who teaches, and with which weight.
+
+The trainer executes a :class:`StepPlan` and does not know which method made it. CoPD is Algorithm 1 of arXiv 2604.27083
+(``copd.md`` section 4); the other methods take as many steps as it needs to draw as many rollouts as CoPD draws under
+the same schedule. ``docs/methods.md`` describes them all.
+"""
+
+from copd_engine.algorithms.plan import MIXED, STUDENT, Assignment, StepPlan
+from copd_engine.algorithms.schedule import Schedule
+from copd_engine.algorithms.shares import split_evenly, teachers_of
+from copd_engine.algorithms.static import distillation_edges
+
+__all__ = [
+    "MIXED",
+    "STUDENT",
+    "Assignment",
+    "Schedule",
+    "StepPlan",
+    "distillation_edges",
+    "split_evenly",
+    "teachers_of",
+]
