@@ -1,4 +1,4 @@
-"""The command line: ``copd train | eval | merge | report | plan | data check | testbed build``.
+"""The command line: ``copd train | eval | eval-table | merge | report | plan | data check | testbed build``.
 
 A mistake in the input ends in one line on standard error and exit code 2; nothing is overwritten.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from copd_engine import run_folder
-from copd_engine.config import ModelConfig, load_config
+from copd_engine.config import load_config
 from copd_engine.types import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -53,21 +53,41 @@ def train(
 @app.command("eval")
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, e.g. runs/demo/models/merged, or 'testbed'")],
-    config: Annotated[Path, typer.Option(help="The run config whose held-out prompts are used.")],
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts per branch.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+    config: Annotated[Path | None, typer.Option(help="Run config: held-out prompts, lengths, limits, engine.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="BENCHMARK=PATH, or a file of docs/data.md; may be repeated.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="The first so many prompts of each.")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 takes the most likely token.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response.")] = None,
+    engine: Annotated[Literal["auto", "embedded", "sglang"] | None, typer.Option(help="Rollout engine.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Equal seeds give equal draws for all models.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all outputs and scores; goes on where it was.")] = None,
 ) -> None:
-    """Accuracy of a model on the held-out prompts of a config's branches."""
-    settings = load_config(config, overrides)
-    from copd_engine.report import result_table
-    from copd_engine.result import result_row
-    from copd_engine.trainer import evaluate_policy
+    """Scores of a model on benchmarks (docs/eval.md), or on the held-out prompts of a config's branches."""
+    if config is None and not data:
+        raise UserError("copd eval needs --data, e.g. --data aime_2024=aime.parquet, or --config")
+    from copd_engine.evaluation.run import eval_config, report
 
-    count = num_prompts or settings.eval.final_num_prompts
-    settings = settings.model_copy(update={"model": ModelConfig(path=model, dtype=settings.model.dtype)})
-    accuracies = evaluate_policy(settings, count)
-    row = result_row(model, "merged", accuracies, 0)
-    typer.echo(result_table({"domains": list(accuracies), "rows": [row]}))
+    changes = {"engine": engine, "seed": seed, "temperature": temperature, "max_new_tokens": max_new_tokens}
+    settings = eval_config(model, config, overrides or [], changes)
+    typer.echo(report(settings, data or [], num_samples, num_prompts, out, _command()))
+
+
+@app.command("eval-table")
+def evaluation_table(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of copd eval; the first is compared with.")],
+    out: Annotated[Path | None, typer.Option(help="Write it there too.")] = None,
+) -> None:
+    """Evaluated models in one Markdown table, with paired differences to the first."""
+    from copd_engine.evaluation.compare import compare
+
+    table = compare(folders)
+    if out is not None:
+        out.write_text(table + "\n", encoding="utf-8")
+    typer.echo(table)
 
 
 @app.command("merge")

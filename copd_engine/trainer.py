@@ -31,7 +31,7 @@ from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.loading import load_model
 from copd_engine.resolve import resolve
 from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows
-from copd_engine.rollout.base import RolloutEngine, Sampling
+from copd_engine.rollout.base import RolloutEngine
 from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.rollout.select import create_engine
 from copd_engine.step import StepRunner, Timer, derive_seed
@@ -383,17 +383,3 @@ def _accuracy_line(method: str, record: dict[str, Any]) -> str:
 def _evaluation_engine(config: RunConfig, label: str, policy: Policy, encoder: PromptEncoder) -> EmbeddedEngine:
     """For a model that is no expert of the run's engine, such as the merge."""
     return EmbeddedEngine({label: policy}, encoder, config.rollout.max_running, config.rollout.max_cached_tokens)
-
-
-def evaluate_policy(config: RunConfig, num_prompts: int) -> dict[str, Accuracy]:
-    """Accuracy of ``config.model`` on the first held-out prompts of every branch."""
-    config = resolve(config)
-    torch.set_num_threads(config.num_threads)
-    policy, encoder = load_model(config.model, config.media, config.device)
-    prompts = {
-        branch.name: held_out_prompts(config, number, encoder, num_prompts)
-        for number, branch in enumerate(config.branches)
-    }
-    sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
-    engine = _evaluation_engine(config, "model", policy, encoder)
-    return evaluate(engine, "model", prompts, sampling, derive_seed(config.seed, "eval"))[0]

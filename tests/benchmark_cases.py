@@ -16,8 +16,7 @@ LETTER = REASON + r"the letter of the correct option within \boxed{}."
 
 @dataclass
 class Case:
-    """``prompt``, ``answer``, ``verifier``, ``uid`` and ``group`` of the first row; ``right`` and ``wrong``: responses to
-    it; ``second``: a right and a wrong one to the second row."""
+    """What the first row becomes, responses to it that are right and wrong, and one each to the second."""
 
     make: Callable[[Path], Path]
     prompt: str

@@ -58,6 +58,13 @@ LEVELS = {
     "copd_engine.checkpoint": 3,
     "copd_engine.algorithms": 3,
     "copd_engine.evaluate": 3.2,
+    "copd_engine.evaluation.scores": 0,
+    "copd_engine.evaluation.results": 0.1,
+    "copd_engine.evaluation.table": 0.2,
+    "copd_engine.evaluation.sources": 3.7,
+    "copd_engine.evaluation.samples": 3.8,
+    "copd_engine.evaluation.run": 5.6,
+    "copd_engine.evaluation.compare": 5.7,
     "copd_engine.result": 3.5,
     "copd_engine.samples": 3.4,
     "copd_engine.step": 3.5,
@@ -84,7 +91,7 @@ LEVELS = {
 # The nouns of the project: anything may import them, and they import nothing of ours. A package of which only the parts
     "copd_engine.report.retention": 5.2,
 # have levels is as low, because importing a part imports it.
-BELOW_ALL = {"copd_engine", "copd_engine.__main__", "copd_engine.types", "copd_engine.testbed"}
+BELOW_ALL = {"copd_engine", "copd_engine.__main__", "copd_engine.types", "copd_engine.testbed", "copd_engine.evaluation"}
 # Where an outside package may be imported at all.
 HOMES = {
     "transformers": ("copd_engine.models", "copd_engine.testbed"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -41,8 +43,11 @@ def read_mapping(path: str | Path, overrides: list[str] | None = None) -> dict[s
     return data
 
 
-def build_config(data: dict[str, Any], where: str = "config") -> RunConfig:
-    """Validate a mapping; ``where`` opens the error line."""
+def build_config(data: dict[str, Any], where: str = "config", overrides: Sequence[str] = ()) -> RunConfig:
+    """Validate a mapping, after ``overrides`` as in :func:`load_config`; ``where`` opens the error line."""
+    data = copy.deepcopy(data)
+    for override in overrides:
+        _apply_override(data, override)
     return validate(RunConfig, data, where)
 
 
