@@ -150,6 +150,9 @@ class Bench:
                 if answer := _ask(row, workers.get(row["peer"]), do="time"):
                     row["seconds"] = [*row.get("seconds", []), answer["seconds"]]
             say(f"{task} {dtype}: round {number + 1} of {self.options.repeats}")
+        if self.options.device != "cpu":
+            for row in rows:
+                row.update(_ask(row, workers.get(row["peer"]), do="energy"))
         for worker in workers.values():
             worker.close()
         floors = {"floor": floor, "close_floor": close_floor}

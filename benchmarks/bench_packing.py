@@ -66,7 +66,12 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     main_of(
-        "bench_packing", __doc__, Settings.repeats, lambda repeats: run(Settings(repeats=repeats)), render, arguments
+        "bench_packing",
+        __doc__,
+        Settings.repeats,
+        lambda given: run(Settings(repeats=given.repeats)),
+        render,
+        arguments,
     )
 
 

@@ -59,6 +59,8 @@ def main() -> None:
         spread = f"median {row['median_s']:.3f} s, min {row['min_s']:.3f}, max {row['max_s']:.3f}"
         parts = ", ".join(f"{name} {row['parts'][name] * 1e3:.0f}" for name in PARTS)
         print(f"phase {phase}: {spread} over {row['steps']} steps of {row['rollouts']:.0f} rollouts; ms: {parts}")
+        if (energy_j := row["energy_per_token_j"]) is not None:
+            print(f"phase {phase}: {1e3 * energy_j:.3g} mJ per token packed for the updates or sampled")
     shared = figures["update"]
     print(
         f"update of one branch: {shared['shared_s']:.3f} s with prompts shared by their group, "
@@ -86,7 +88,10 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
         sum(domain["num_rollouts"] for branch in record["branches"].values() for domain in branch["rollout"].values())
         for record in records
     ]
+    energies = [record["system"]["energy_per_token_j"] for record in records]
+    known = [energy for energy in energies if energy is not None]
     return {
+        "energy_per_token_j": statistics.median(known) if known else None,
         "steps": len(records),
         "median_s": statistics.median(times),
         "min_s": min(times),

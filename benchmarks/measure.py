@@ -6,17 +6,21 @@ import ctypes
 import gc
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from copd_engine.gpu_meter import GpuMeter, GpuUse
 
 Result = TypeVar("Result")
 
 MIB = 2**20
 # Larger than the last-level cache of the GPUs that the kernels are written for.
 FLUSH_BYTES = 256 * MIB
+# A GPU renews its counter of energy some tens of times a second.
+ENERGY_S = 2.0
 
 
 def seconds(call: Callable[[], object], device: str = "cpu") -> float:
@@ -57,6 +61,36 @@ def extra_bytes(call: Callable[[], Result], device: str = "cpu") -> tuple[Result
     result = call()
     peak = _status_bytes("VmHWM") if resets else _lifetime_peak_bytes()
     return result, max(0, peak - held), "VmHWM" if resets else "growth of ru_maxrss"
+
+
+def joules(call: Callable[[], object], meter: GpuMeter) -> float | None:
+    """Energy of one call on the GPUs that ``meter`` measures, from calls one after another for :data:`ENERGY_S`; None
+    where they do not count it. What an idle GPU takes is in it."""
+    count, begin = 0, time.perf_counter()
+    with meter:
+        while time.perf_counter() - begin < ENERGY_S:
+            call()
+            torch.cuda.synchronize()
+            count += 1
+    energy_j = meter.energy_j()
+    return None if energy_j is None else energy_j / count
+
+
+def gpu_table(use: Mapping[int, GpuUse]) -> str:
+    """What each GPU used, as a section of markdown; empty where there is none."""
+    if not use:
+        return ""
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    lines = [
+        f"| {index} | {cell(gpu.energy_j, ',.0f')} | {cell(gpu.mean_utilization_percent, '.0f')} "
+        f"| {cell(gpu.peak_memory_bytes and gpu.peak_memory_bytes / MIB, ',.0f')} |"
+        for index, gpu in use.items()
+    ]
+    header = ["| GPU | energy, J | mean utilisation, % | peak memory in use, MiB |", "| --- | --- | --- | --- |"]
+    return "\n## GPUs during the whole command\n\n" + "\n".join([*header, *lines]) + "\n"
 
 
 def process_peak_bytes(device: str = "cpu") -> int:

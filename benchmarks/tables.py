@@ -106,6 +106,8 @@ def _time_table(table: dict[str, Any]) -> str:
     errors = list(dict.fromkeys(name for row in table["rows"] for name in row.get("errors", {})))
     close = list(dict.fromkeys(name for row in table["rows"] for name in row.get("close_errors", {})))
     header = ["peer", "version", "median s", "min", "max", "/ yardstick", "/ ours", "memory MiB"]
+    energies = any(row.get("energy_j") is not None for row in table["rows"])
+    header += ["mJ per token"] if energies else []
     header += [f"{name} error" for name in errors] + [f"{name} error, close" for name in close]
     lines, notes = [], []
     for row in table["rows"]:
@@ -117,10 +119,13 @@ def _time_table(table: dict[str, Any]) -> str:
         cells += [_number(pick(times) if times else None, ".3f") for pick in (min, max)]
         cells += [_number(ratio(table, row["peer"], base), ".2f") for base in (YARDSTICK, OURS)]
         cells.append(_mib(row.get("extra_bytes")))
+        if energies:
+            energy_j = row.get("energy_j")
+            cells.append(_number(None if energy_j is None else 1e3 * energy_j / table["shape"][0], ".3g"))
         cells += [_number(row.get("errors", {}).get(name), ".1e") for name in errors]
         cells += [_number(row.get("close_errors", {}).get(name), ".1e") for name in close]
         lines.append(cells)
-    floor = ["exact result rounded to " + table["dtype"], *["-"] * 7]
+    floor = ["exact result rounded to " + table["dtype"], *["-"] * (8 if energies else 7)]
     floor += [_number(table["floor"].get(name), ".1e") for name in errors]
     floor += [_number(table["close_floor"].get(name), ".1e") for name in close]
     title = f"## {TITLES[table['task']]}, {table['dtype']}"

@@ -22,6 +22,7 @@ from benchmarks import measure
 from benchmarks.adapter import Call, Outputs
 from benchmarks.peers import PEERS
 from benchmarks.problem import NUM_SEQUENCES, OUTPUTS, Problem, load, make, relative_error
+from copd_engine.gpu_meter import GpuMeter
 
 ROOT = Path(__file__).resolve().parent.parent
 # The child ends with a Python error before the machine runs out and ends some other process.
@@ -96,6 +97,11 @@ class Session:
                 }
             case "time":
                 return {"seconds": self.time()}
+            case "energy":
+                assert self.call is not None
+                energy_j = measure.joules(self.call, GpuMeter())
+                self._share_gpu()
+                return {"energy_j": energy_j}
         raise ValueError(f"unknown request {request}")
 
     def check(self, truth: str | None) -> dict[str, Any]:

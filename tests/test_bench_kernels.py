@@ -188,6 +188,13 @@ def test_tables_hold_figures_ratios_bounds_and_reasons() -> None:
     assert _line(text, "memory, largest of all tasks, V=32,768")[1:5] == ["50", "≤ 160", "≤ 64", "aim"]
     assert _line(text, "GRPO, forward and backward, fp32 / yardstick")[4] == "not measured"
 
+    record["tables"][0]["rows"][0]["energy_j"] = 2048 * 0.0125
+    first = record["tables"][0]["rows"][0]["peer"]
+    text = tables.render(record)
+    measured = _line(text.partition("N=2,048")[2].partition("## Memory")[0], tables.PEERS[first].label)
+    assert measured[8] == "12.5"
+    assert _line(text, "exact result rounded to bf16")[9:11] == ["1.6e-03", "-"]
+
     without_amx = tables.render(_record(amx=False))
     assert _line(without_amx, "Reverse KL, forward and backward, bf16")[5].startswith("no: without AMX")
     assert _line(without_amx, "Reverse KL, forward and backward, fp32")[5] == "yes"

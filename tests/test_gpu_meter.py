@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import measure
 from copd_engine import gpu_meter
 from copd_engine.gpu_meter import GpuMeter, GpuUse, gpu_stats
 from copd_engine.metrics import system_stats
@@ -174,3 +175,21 @@ def nothing_is_measured() -> None:
     stats = system_stats(meter, 100)
     assert stats["gpu"] is None
     assert stats["energy_per_token_j"] is None
+
+
+def test_joules_are_of_one_call(double: NvmlDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ENERGY_S", 0.05)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+
+    def call() -> None:
+        double.energy_mj += 250
+
+    assert measure.joules(call, GpuMeter(["GPU-0"])) == pytest.approx(0.25)
+    assert measure.joules(call, GpuMeter(["GPU-1"])) is None
+
+
+def test_a_benchmarks_table_of_gpus() -> None:
+    assert measure.gpu_table({}) == ""
+    text = measure.gpu_table({0: GpuUse(1234.4, 87.6, 3 * 2**30), 1: GpuUse(None, None, None)})
+    assert "| 0 | 1,234 | 88 | 3,072 |" in text
+    assert "| 1 | - | - | - |" in text
