@@ -46,6 +46,8 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
     "accuracy": {domain: x, "average": x}, "stderr": {...}, "num_prompts": n per domain, "rollouts": n}], "command": s,
     "machine": s, "date": "2026-11-23", "versions": {package: version}, "train_s": x, "peak_rss_bytes": n, "seed": n,
     "method": s}``.
+``scores/<model>.json``
+    ``{domain: [score of each held-out prompt]}`` of every model of the result, for paired comparisons.
 ``baselines/<method>/``
     The same structure for a baseline that was trained beside this run.
 """

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from copd_engine.metrics import read_jsonl
 from copd_engine.types import Example, Rollout, UserError
 
 CONFIG, SAMPLES, RESULT, CHECKPOINTS = "config.yaml", "samples.jsonl", "result.json", "checkpoints"
+SCORES = "scores"
 #: Of a video's frames every second one is shown.
 FILMSTRIP = MediaConfig(video_max_frames=16)
 LARGEST_PICTURE = (2048, 1024)
@@ -41,7 +42,7 @@ def check(run_dir: Path, config: RunConfig) -> None:
     if file.is_file():
         if comparable(load_config(file)) != comparable(config):
             raise UserError(
-                f"{run_dir} holds a run with another config ({_first_difference(load_config(file), config)}): "
+                f"{run_dir} holds a run with another config ({difference(comparable(load_config(file)), comparable(config))}): "
                 "choose another name=... or output_dir=..., or remove the folder"
             )
         return
@@ -69,20 +70,20 @@ def claim(run_dir: Path, config: RunConfig) -> None:
 
 def comparable(config: RunConfig) -> dict[str, Any]:
     """The config without what may differ between a run and its continuation."""
-    return config.model_dump(mode="json", exclude={"output_dir", "name", "tensorboard"})
+    # Experts from another run are what this one would have trained.
+    left_out = {"output_dir": True, "name": True, "tensorboard": True, "static_opd": {"experts"}, "mopd": {"experts"}}
+    return config.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
 
 
-def _first_difference(old: RunConfig, new: RunConfig) -> str:
-    def walk(a: Any, b: Any, path: str) -> str | None:
-        if isinstance(a, dict) and isinstance(b, dict):
-            pairs = [(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b])]
-        elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            pairs = [(str(i), x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
-        else:
-            return None if a == b else f"{path} was {a!r}, is {b!r}"
-        return next((d for key, x, y in pairs if (d := walk(x, y, f"{path}.{key}" if path else key))), None)
-
-    return walk(comparable(old), comparable(new), "") or "no difference"
+def difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first place where two JSON values differ, ``a.b was 1, is 2``; None where they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(i), x, y) for i, (x, y) in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new else f"{path} was {old!r}, is {new!r}"
+    return next((d for key, x, y in pairs if (d := difference(x, y, f"{path}.{key}" if path else key))), None)
 
 
 def save_sample(run_dir: Path, step: int, branch: str, domain: str, rollout: Rollout, reward: float) -> None:
@@ -100,6 +101,20 @@ def save_sample(run_dir: Path, step: int, branch: str, domain: str, rollout: Rol
     }
     with (run_dir / SAMPLES).open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def file_name(model: str) -> str:
+    """The label of a model in the result table as a file name."""
+    return model.replace(",", "").replace(":", "-").replace(" ", "-").replace("→", "-to-")
+
+
+def save_scores(run_dir: Path, model: str, samples: Iterable[tuple[str, Rollout, float]]) -> None:
+    """Write ``scores/<model>.json``: the score of every held-out prompt by domain, in the order of the prompts."""
+    scores: dict[str, list[float]] = {}
+    for domain, _, score in samples:
+        scores.setdefault(domain, []).append(score)
+    (run_dir / SCORES).mkdir(exist_ok=True)
+    write_json(run_dir / SCORES / f"{file_name(model)}.json", scores)
 
 
 def drop_later_samples(run_dir: Path, step: int, branches: Collection[str]) -> None:

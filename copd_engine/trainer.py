@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,10 @@ class Trainer:
             self.encoder,
             Path(self._scratch.name if self._scratch else "."),
         )
+        if config.optim.offload and config.model.lora is None and not config.objective.kl.weight:
+            # Only the merge and the end need it. Under LoRA all but its adapters are the branches' weights too.
+            for parameter in self.base.named_parameters().values():
+                parameter.data = parameter.data.cpu()
         streams = prompt_sources(config, self.schedule.students, examples, self.encoder)
         self.steps = StepRunner(config, self.branches, self.engine, streams)
         self._held_out = {
@@ -177,6 +181,7 @@ class Trainer:
         if _due(plan.step, self.config.eval.every):
             with timer("evaluate"):
                 record["evaluate"] = self._evaluate_branches(plan.step)
+        self.engine.sleep()  # what follows, a merge say, may want its memory
         record["time_s"] = timer.seconds
         record["step_s"] = time.perf_counter() - begin
         record["elapsed_s"] = self._elapsed()
@@ -210,13 +215,15 @@ class Trainer:
         """Step 0: all branches still equal the base."""
         first = next(iter(self.branches))
         accuracy = self._evaluate_one(self.engine, first, self.config.eval.num_prompts)[0]
+        diagnostics = self._diagnose()
+        self.engine.sleep()
         return {
             "step": 0,
             "cycle": 0,
             "phase": "base",
             "elapsed_s": 0.0,
             "branches": {},
-            "diagnostics": self._diagnose(),
+            "diagnostics": diagnostics,
             "evaluate": {name: accuracy_row(accuracy) for name in self.branches},
             "system": system_stats(),
         }
@@ -289,7 +296,7 @@ class Trainer:
     def _finish(self, baseline_rows: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
         """Evaluate, merge, save in Hugging Face format, write ``result.json``."""
         train_s = self._elapsed()
-        rows = [self._row("base", "base", self.base, 0)]
+        rows = [self._row("base", "base", self._model_of(self.base.full_parameters()), 0)]
         if self.config.method != "mixed":
             kind = "expert" if self.config.method == "expert" else "branch"
             for name, branch in self.branches.items():
@@ -319,7 +326,7 @@ class Trainer:
             if self.config.method != "mixed":
                 return []
             return [self._row(label + suffix, kind, self.branches[MIXED].policy, rollouts)]
-        merged = self.base.with_full_parameters(self.merged_parameters())
+        merged = self._model_of(self.merged_parameters())
         return [self._row(label + suffix, kind, merged, rollouts)]
 
     def _row(self, label: str, kind: str, policy: Policy, rollouts: int) -> dict[str, Any]:
@@ -328,10 +335,16 @@ class Trainer:
         accuracies, samples = self._evaluate_one(engine, label, self.config.eval.final_num_prompts)
         if label in dict(MERGED_LABELS.values()):
             self._keep_samples(self.schedule.num_steps, label, samples)
+        run_folder.save_scores(self.run_dir, label, samples)
         if kind != "base":
-            folder = label.replace(",", "").replace(":", "-").replace(" ", "-")
-            save_model(policy, self.encoder, self.run_dir / "models" / folder)
+            save_model(policy, self.encoder, self.run_dir / "models" / run_folder.file_name(label))
         return result_row(label, kind, accuracies, rollouts)
+
+    def _model_of(self, tensors: Mapping[str, torch.Tensor]) -> Policy:
+        """The plain model with these weights, by Hugging Face names, on the run's device."""
+        policy = self.base.with_full_parameters(tensors)
+        policy.module.to(self.config.device)
+        return policy
 
     def merged_parameters(self) -> dict[str, torch.Tensor]:
         """theta*, the merge of the branches as they are now, by Hugging Face names."""
@@ -340,7 +353,7 @@ class Trainer:
         if recipe.method == "search":
 
             def model_of(candidate: MergeConfig) -> tuple[Policy, PromptEncoder]:
-                return self.base.with_full_parameters(merge(base, branches, candidate)), self.encoder
+                return self._model_of(merge(base, branches, candidate)), self.encoder
 
             found = search(self.config, len(branches), model_of, self.config.eval.final_num_prompts)
             run_folder.write_json(self.run_dir / SEARCH_FILE, found.as_json())
