@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from copd_engine import offload
+from copd_engine import offload, runs, trainer
 from copd_engine.branch import Branch
 from copd_engine.checkpoint import load_checkpoint, save_checkpoint
-from copd_engine.config import ObjectiveConfig, OptimConfig, build_config
+from copd_engine.config import ObjectiveConfig, OptimConfig, RunConfig, build_config
 from copd_engine.resolve import resolve
 from copd_engine.types import UserError
-from tests.small_run import small_config
+from tests.small_run import contents, numbers, small_config, train, write_base, write_data
 from tests.test_master_weights import bf16, model, samples
 
 __all__ = ["model", "samples"]  # fixtures
@@ -123,6 +123,29 @@ def test_memory_is_taken_in_whole_pieces_and_tensors_do_not_overlap(model, polic
     pieces = {h.untyped_storage().data_ptr(): h.untyped_storage().nbytes() for h in branch.host_states._homes.values()}
     assert 1 < len(pieces) < len(spans)
     assert all(size >= offload.PIECE_BYTES for size in pieces.values())
+
+
+def test_a_whole_run_is_the_same(tmp_path, monkeypatch):
+    """As if the CPU were a GPU: metrics, merged model and checkpoints of a run of bf16 branches."""
+    base, data = write_base(tmp_path / "base"), write_data(tmp_path / "data")
+    changes = {"model": {"dtype": "bfloat16"}, "diagnostics": {"every": 1}}
+    plain = train(small_config(base, data, tmp_path / "plain", **changes))
+
+    def with_offload(config: RunConfig) -> RunConfig:
+        def changed(config: RunConfig, offload: bool) -> RunConfig:
+            return config.model_copy(update={"optim": config.optim.model_copy(update={"offload": offload})})
+
+        return changed(resolve(changed(config, False)), True)
+
+    for module in (runs, trainer):
+        monkeypatch.setattr(module, "resolve", with_offload)
+    offloaded = train(small_config(base, data, tmp_path / "offloaded", **changes))
+    assert "offload: true" in (offloaded / "config.yaml").read_text()
+    assert numbers(offloaded) == numbers(plain)
+    assert contents(offloaded / "models") == contents(plain / "models") != {}
+    for file in ("model-text.safetensors", "optim-image.safetensors"):
+        one, two = (next((run / "checkpoints").glob(f"*6/{file}")).read_bytes() for run in (plain, offloaded))
+        assert one == two
 
 
 def test_without_a_gpu_it_is_an_error(tmp_path):

@@ -23,6 +23,8 @@ REWARD = [
     {"kind": "format", "pattern": "[12]+", "weight": 0.5},
     {"kind": "verifier", "name": "tests.test_step:own", "weight": 0.25},
 ]
+#: One response of each branch to the probes.
+PROBES = ["generate text", "generate image", "generate video"]
 calls: list[threading.Thread] = []
 
 
@@ -57,8 +59,9 @@ class Shuffled(RolloutEngine):
     def sync(self, *args) -> None:
         self.engine.sync(*args)
 
-    def generate(self, *args) -> list[Rollout]:
-        return self.engine.generate(*args)
+    def generate(self, expert, requests, sampling) -> list[Rollout]:
+        self.calls.append(f"generate {expert}")
+        return self.engine.generate(expert, requests, sampling)
 
     def generate_mixed(self, requests, sampling):
         self.calls.append("generate " + " ".join(requests))
@@ -128,3 +131,20 @@ def test_a_verifier_that_fails_leaves_the_engine_idle(material, tmp_path, monkey
         trainer.steps.roll_out(trainer.schedule.plan(1), Timer())
     trainer.engine.sleep()  # RuntimeError while it samples
     del error  # whose frames would have kept the generator alive
+
+
+def test_the_engine_sleeps_after_it_was_woken_to_measure(material, tmp_path) -> None:
+    """Or a merge and its evaluation would share the GPU with it."""
+    trainer = trainer_of(material, tmp_path)
+    trainer.config = trainer.config.model_copy(update={"eval": trainer.config.eval.model_copy(update={"every": 1})})
+    trainer.engine = trainer.steps.engine = engine = Shuffled(trainer.engine)
+    trainer.run_dir.mkdir()
+    trainer._base_record()
+    assert engine.calls == ["generate text"] * 3 + [*PROBES, "sleep"]  # three domains; the branches are still equal
+    engine.calls.clear()
+    record = trainer.step(trainer.schedule.plan(1))
+    assert record["diagnostics"] is not None
+    assert record["evaluate"] is not None
+    step = ["generate text image video", "sleep"]
+    evaluations = [f"generate {name}" for name in ("text", "image", "video") for _ in range(3)]
+    assert engine.calls == [*step, *PROBES, *evaluations, "sleep"]

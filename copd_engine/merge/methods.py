@@ -62,18 +62,18 @@ def merge(
         check_same_model(base, branch, tensors)
     merged = {}
     for name, start in base.items():
-        readers = {branch: _reader(tensors[name]) for branch, tensors in branches.items()}
+        readers = {branch: _reader(tensors[name], start.device) for branch, tensors in branches.items()}
         merged[name] = torch.empty(start.shape, dtype=start.dtype, device=start.device)
         flat, position = merged[name].view(-1), 0
-        for block in merged_blocks(name, start.numel(), _reader(start), readers, recipe):
+        for block in merged_blocks(name, start.numel(), _reader(start, start.device), readers, recipe):
             flat[position : position + len(block)] = block
             position += len(block)
     return merged
 
 
-def _reader(tensor: torch.Tensor) -> Read:
+def _reader(tensor: torch.Tensor, device: torch.device) -> Read:
     flat = tensor.reshape(-1)
-    return lambda begin, end: flat[begin:end]
+    return lambda begin, end: flat[begin:end].to(device)
 
 
 def check_branches(recipe: MergeConfig, branches: Collection[str]) -> None:

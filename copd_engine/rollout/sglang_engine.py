@@ -80,6 +80,7 @@ class SglangEngine(RolloutEngine):
         self._encoder = encoder
         self._config = config
         self._lora = lora
+        self._device = device
         self._arguments, self._environment = engine_arguments(
             folder, config, dtype, device, lora, num_experts, keep_weights=partly_frozen or lora is not None
         )
@@ -194,6 +195,7 @@ class SglangEngine(RolloutEngine):
 
     def _start(self) -> Host:
         begin = time.perf_counter()
+        self._free_cached()
         host: Host
         if self._config.isolate:
             host = IsolatedHost(self._arguments, self._environment, self._config.start_timeout_s)
@@ -247,6 +249,7 @@ class SglangEngine(RolloutEngine):
     def wake(self) -> None:
         if not self._asleep:
             return
+        self._free_cached()
         try:
             self._host.call("resume_memory_occupation", SLEEP_TAGS)
             for label in self._labels.values() if self._lora is not None else ():
@@ -254,6 +257,11 @@ class SglangEngine(RolloutEngine):
         except EngineDiedError as error:
             self._restart(error)
         self._forget()  # the weights' memory comes back without their values
+
+    def _free_cached(self) -> None:
+        """The engine cannot use memory that the trainer's allocator keeps for itself."""
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.empty_cache()
 
     def stats(self) -> dict[str, float]:
         """Counts (``num_``), bytes and seconds since the last call."""
