@@ -444,7 +444,7 @@ def base_folder(tmp_path_factory):
     return folder
 
 
-def trainer(base_folder, tmp_path, names: Sequence[str], **schedule: Any) -> Trainer:
+def trainer(base_folder, tmp_path, names: Sequence[str], signal: str = "sampled", **schedule: Any) -> Trainer:
     data = {"source": "testbed", "size": 20, "eval_size": 2, "verifier": "tests.test_branch:odd_length"}
     config = build_config(
         {
@@ -454,6 +454,7 @@ def trainer(base_folder, tmp_path, names: Sequence[str], **schedule: Any) -> Tra
             "rollout": {"prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6},
             # A step of size g, so that rounding stays rounding (AdamW's first step is the gradient's sign).
             "optim": {"lr": 1.0, "eps": 1.0},
+            "distillation": {"signal": signal},
             "diagnostics": {"every": 0},
             "num_threads": 1,
         }
@@ -479,11 +480,16 @@ def weights_after_one_step(built: Trainer) -> dict[str, torch.Tensor]:
     return end
 
 
-@pytest.mark.parametrize("topology", ["hub", "full"])
-def test_teachers_stand_as_at_the_start_of_the_step_whatever_branch_comes_first(base_folder, tmp_path, topology):
+@pytest.mark.parametrize(
+    ("topology", "signal"),
+    [("hub", "sampled"), ("full", "sampled"), ("full", "sampled_cv"), ("full", "full"), ("hub", "forward")],
+)
+def test_teachers_stand_as_at_the_start_of_the_step_whatever_branch_comes_first(
+    base_folder, tmp_path, topology, signal
+):
     names = ("text", "image", "video")
-    forward = weights_after_one_step(trainer(base_folder, tmp_path, names, topology=topology))
-    backward = trainer(base_folder, tmp_path, names, topology=topology)
+    forward = weights_after_one_step(trainer(base_folder, tmp_path, names, signal, topology=topology))
+    backward = trainer(base_folder, tmp_path, names, signal, topology=topology)
     backward.branches = dict(reversed(backward.branches.items()))
     for name, expected in weights_after_one_step(backward).items():
         assert torch.equal(forward[name], expected), name
