@@ -11,7 +11,7 @@ from copd_engine.models.base import PromptEncoder
 from copd_engine.prompts import HeldOutPrompts, PromptSource
 from copd_engine.step import derive_seed
 from copd_engine.types import Example, UserError
-from copd_engine.validation import test_examples, validation_examples
+from copd_engine.validation import table_examples, validation_examples
 from copd_engine.verifiers import check_example
 
 NUM_GOLDS_CHECKED = 1000
@@ -59,7 +59,7 @@ def held_out_prompts(config: RunConfig, number: int, encoder: PromptEncoder, cou
     data, where = config.branches[number].data, f"branches.{number}.data"
     if config.merge.method == "search":
         validation_examples(data, 1, where)  # an error now, not after the training
-        examples = test_examples(data, where)
+        examples = table_examples(data, where)
     else:
         examples = load_examples(data, "eval", where)
     return HeldOutPrompts(examples, data, encoder, config.rollout.max_prompt_tokens, count)

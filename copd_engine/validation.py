@@ -39,10 +39,10 @@ def validation_examples(data: SourceConfig, count: int, where: str) -> Sequence[
     return left[:count]
 
 
-def test_examples(data: SourceConfig, where: str) -> Sequence[Example]:
+def table_examples(data: SourceConfig, where: str) -> Sequence[Example]:
     """What the tables use where something was chosen on :func:`validation_examples`."""
     if isinstance(data, DataConfig) and data.source == "mixture":
-        return Mixture([test_examples(source, f"{where}.sources.{i}") for i, source in enumerate(data.sources)])
+        return Mixture([table_examples(source, f"{where}.sources.{i}") for i, source in enumerate(data.sources)])
     if data.source in ("jsonl", "parquet"):
         return _half(data, False, where)
     return load_examples(data, "eval", where)

@@ -225,11 +225,9 @@ def status(key):
 
 torch.set_num_threads(1)
 base, warm, one, two, out = map(Path, sys.argv[1:6])
-for method in ("ties", "dare"):  # whatever is loaded on first use
-    merge_folders(warm, {"one": warm}, out / f"warm-{method}", MergeConfig(method=method))
+merge_folders(warm, {"one": warm}, out / "warm", MergeConfig(method="ties"))  # whatever is loaded on first use
 before = status("VmRSS")
-for method in ("ties", "dare_ties"):
-    merge_folders(base, {"one": one, "two": two}, out / method, MergeConfig(method=method))
+merge_folders(base, {"one": one, "two": two}, out / "ties", MergeConfig(method="ties"))
 print(status("VmHWM") - before)
 """
 

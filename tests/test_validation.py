@@ -13,10 +13,8 @@ from copd_engine.data import load_examples
 from copd_engine.inputs import held_out_prompts
 from copd_engine.testbed.tasks import DOMAINS
 from copd_engine.types import UserError
-from copd_engine.validation import is_validation, test_examples, validation_examples
+from copd_engine.validation import is_validation, table_examples, validation_examples
 from tests.helpers import tiny_model
-
-test_examples.__test__ = False  # type: ignore[attr-defined]  # no test of pytest's
 
 
 def write(file: Path, num_rows: int) -> Path:
@@ -37,7 +35,7 @@ def test_the_testbeds_are_other_problems(domain):
     assert not uids(validation) & uids(load_examples(data, "train"))
     assert not uids(validation) & uids(load_examples(data, "eval"))
     assert uids(validation) == uids(validation_examples(data, 150, "data"))
-    assert uids(test_examples(data, "data")) == uids(load_examples(data, "eval"))
+    assert uids(table_examples(data, "data")) == uids(load_examples(data, "eval"))
 
 
 def test_reasoning_gyms_are_other_questions():
@@ -53,7 +51,7 @@ def test_reasoning_gyms_are_other_questions():
 
 def test_files_are_halved_by_the_hash_of_the_uid(tmp_path):
     data = DataConfig(source="jsonl", path=write(tmp_path / "a.jsonl", 300), eval_size=200)
-    validation, tested = uids(validation_examples(data, 1, "data")), uids(test_examples(data, "data"))
+    validation, tested = uids(validation_examples(data, 1, "data")), uids(table_examples(data, "data"))
     assert validation | tested == uids(load_examples(data, "eval"))
     assert not validation & tested
     assert 70 < len(validation) < 130
@@ -67,7 +65,7 @@ def test_files_are_halved_by_the_hash_of_the_uid(tmp_path):
 def test_mixtures_are_split_source_by_source(tmp_path):
     file = {"source": "jsonl", "path": str(write(tmp_path / "a.jsonl", 40)), "eval_size": 20}
     data = DataConfig.model_validate({"source": "mixture", "sources": [file, {"domain": "text", "eval_size": 20}]})
-    validation, tested = uids(validation_examples(data, 20, "data")), uids(test_examples(data, "data"))
+    validation, tested = uids(validation_examples(data, 20, "data")), uids(table_examples(data, "data"))
     assert not validation & tested
     assert not validation & uids(load_examples(data, "train"))
     for part in (validation, tested):
@@ -76,7 +74,7 @@ def test_mixtures_are_split_source_by_source(tmp_path):
 
 def test_a_half_without_rows(tmp_path):
     data = DataConfig(source="jsonl", path=write(tmp_path / "a.jsonl", 2), eval_size=1)
-    wrong = test_examples if is_validation("row-1") else lambda data, where: validation_examples(data, 1, where)
+    wrong = table_examples if is_validation("row-1") else lambda data, where: validation_examples(data, 1, where)
     with pytest.raises(UserError, match=r"branches.0.data: none of the 1 held-out rows is left for"):
         wrong(data, "branches.0.data")
 

@@ -32,8 +32,8 @@ import torch
 from copd_engine.config import MergeConfig
 from copd_engine.types import UserError
 
-#: Entries that are computed at a time: 2 MiB in fp64 for each branch.
-BLOCK = 2**18
+#: Entries that are computed at a time: half a MiB in fp64 for each branch.
+BLOCK = 2**16
 #: Entries ``begin`` to ``end`` of a flattened tensor.
 Read = Callable[[int, int], torch.Tensor]
 
@@ -162,10 +162,10 @@ def _elected_mean(taus: list[torch.Tensor]) -> torch.Tensor:
     sign = sum(taus[1:], start=taus[0]).sign()
     added, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for tau in taus:
-        agrees = (tau.sign() == sign) & (sign != 0)
-        added += torch.where(agrees, tau, 0.0)
-        count += agrees
-    return added / count.clamp(min=1)
+        along = tau * sign
+        added += along.clamp(min=0)
+        count += along > 0
+    return sign * added / count.clamp(min=1)
 
 
 def kth_largest_magnitude(read: Read, numel: int, count: int) -> float:
