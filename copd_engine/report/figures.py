@@ -194,7 +194,7 @@ def draw_figures(run: Run) -> list[tuple[Panel, bytes]]:
         for panel in panels(run):
             figure = Figure(figsize=(6.4, 3.6), layout="constrained")
             if draw_panel(figure.add_subplot(), panel, run):
-                figures.append((panel, _png(figure, dpi=140)))
+                figures.append((panel, png_bytes(figure, dpi=140)))
     return figures
 
 
@@ -205,10 +205,11 @@ def draw_combined(run: Run, title: str) -> bytes:
         figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold", color="#222222")
         for ax, panel in zip(figure.subplots(2, 2).flat, (REWARD, overlap_panel(run), SUM_MIN, KL), strict=True):
             draw_panel(ax, panel, run)
-        return _png(figure, dpi=125)
+        return png_bytes(figure, dpi=125)
 
 
-def _png(figure: Figure, dpi: int) -> bytes:
+def png_bytes(figure: Figure, dpi: int) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return buffer.getvalue()

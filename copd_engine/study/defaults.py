@@ -1,0 +1,85 @@
+"""What a study compares when its config only lists methods: variants, table, figures and claims for any branches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+METHODS = ("copd", "mixed", "mopd", "static_opd", "expert")
+
+
+def expand_methods(run: Any, methods: list[str]) -> dict[str, Any]:
+    """The sections of a study of ``methods`` on the branches of the mapping ``run``.
+
+    ``static_opd`` is one variant per student: the first branch learns from the second, every other one from the first,
+    as on the edges of the paper's hub. It and ``mopd`` take the experts of ``expert``, which is trained once, asked for
+    or not.
+    """
+    listed = run.get("branches") if isinstance(run, dict) else None
+    names = [str(branch["name"]) for branch in listed or [] if isinstance(branch, dict) and "name" in branch]
+    methods = list(dict.fromkeys(methods))
+    variants: dict[str, Any] = {}
+    rows: dict[str, str] = {}
+    needs_experts = {"expert", "mopd", "static_opd"} & set(methods)
+    if needs_experts:
+        variants["expert"] = {"changes": {"method": "expert"}}
+        rows["base"] = "expert/base"
+        rows |= {f"{name} expert, alone": f"expert/expert:{name}" for name in names}
+        if len(names) > 1:
+            rows["average of the experts"] = "expert"
+    if "mixed" in methods:
+        variants["mixed"] = {"changes": {"method": "mixed"}}
+        rows["mixed RLVR"] = "mixed"
+    if "static_opd" in methods and len(names) > 1:
+        for student in names:
+            teacher = names[1] if student == names[0] else names[0]
+            variant = f"static_opd_{student}"
+            changes = {"method": "static_opd", "static_opd": {"student": student, "teacher": teacher}}
+            variants[variant] = {"changes": changes, "experts": "expert"}
+            rows[f"static OPD, {teacher} → {student}"] = variant
+    if "mopd" in methods and len(names) > 1:
+        variants["mopd"] = {"changes": {"method": "mopd"}, "experts": "expert"}
+        rows["MOPD"] = "mopd"
+    sections: dict[str, Any] = {"variants": variants, "tables": [{"title": "Accuracy", "rows": rows}]}
+    if "copd" in methods:
+        variants["copd"] = {"changes": {"method": "copd"}}
+        rows.setdefault("base", "copd/base")
+        rows |= {f"CoPD, {name} branch": f"copd/branch:{name}" for name in names}
+        rows["CoPD, merged"] = "copd"
+        sections |= _of_copd(names, rows, bool(needs_experts))
+    return sections
+
+
+def _of_copd(names: list[str], rows: dict[str, str], experts: bool) -> dict[str, Any]:
+    """Claims and figures about CoPD: above every other method, level with the experts on their own, and its phases."""
+    variants = {label: model for label, model in rows.items() if "/" not in model and model != "copd"}
+    claims: list[dict[str, Any]] = [
+        {"claim": f"CoPD is above {label}", "better": "copd", "than": model} for label, model in variants.items()
+    ]
+    if experts:
+        claims += [
+            {
+                "claim": f"CoPD is above the {n} expert on {n}",
+                "better": "copd",
+                "than": f"expert/expert:{n}",
+                "domain": n,
+            }
+            for n in names
+        ]
+    if len(names) < 2:
+        return {"claims": claims}
+    overlap = {"variant": "copd", "measure": "overlap"}
+    claims += [
+        {"claim": "Overlap falls in phase I", "kind": "phase", **overlap, "phase": "rl", "direction": "falls"},
+        {"claim": "Overlap rises in phase II", "kind": "phase", **overlap, "phase": "opd", "direction": "rises"},
+        {"claim": "Overlap stays above 0.90", "kind": "stays_above", **overlap, "level": 0.9},
+    ]
+    lines = {"CoPD": "copd"}
+    if experts:
+        lines["independent experts"] = "expert"
+        above = "Overlap is above that of independent experts"
+        claims.append({"claim": above, "kind": "above", **overlap, "than": "expert"})
+    steps = [
+        {"title": "Top-k overlap", "measure": "overlap", "lines": lines},
+        {"title": "Symmetric KL", "measure": "symmetric_kl", "lines": lines},
+    ]
+    return {"claims": claims, "steps": steps}

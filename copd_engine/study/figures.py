@@ -1,0 +1,137 @@
+"""The figures of a study's page: means over seeds, and 95 % intervals over seeds as bars or bands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from copd_engine.report.curves import BRANCH_COLORS
+from copd_engine.report.figures import STYLE, png_bytes
+from copd_engine.study.claims import overlap_and_gain, pooled_correlation
+from copd_engine.study.config import PILOT, Measure, StepsConfig, StudyConfig, SweepConfig
+from copd_engine.study.results import Results
+from copd_engine.study.statistics import t_interval
+
+LABELS: dict[Measure, str] = {
+    "overlap": "top-k overlap",
+    "sum_min": "Σ min(p, q)",
+    "symmetric_kl": "symmetric KL (nats per token)",
+}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as PNG. ``key``: its file name without ending."""
+
+    key: str
+    title: str
+    caption: str
+    png: bytes
+
+
+def draw_study(study: StudyConfig, results: Results) -> list[Picture]:
+    """Every figure that there are numbers for."""
+    pictures = []
+    with mpl.rc_context(STYLE):
+        for steps in study.steps:
+            ax = _axes()
+            if _draw_steps(ax, steps, results):
+                caption = "Mean over pairs of branches and seeds; band: 95 % interval over seeds."
+                pictures.append(_picture(ax, steps.title, caption))
+        for sweep in study.sweeps:
+            ax = _axes()
+            if _draw_sweep(ax, sweep, results):
+                caption = f"Held-out accuracy ({sweep.domain}), mean over seeds; bars: 95 % interval over seeds."
+                pictures.append(_picture(ax, sweep.title, caption))
+        if study.pilot is not None:
+            ax = _axes()
+            if _draw_pilot(ax, results):
+                correlation = pooled_correlation(results)
+                title = "Pilot: gain from distillation against starting overlap"
+                caption = (
+                    f"Teacher: the {study.pilot.teacher} expert. One point per student and seed; all points: "
+                    f"r = {correlation.r:.2f}, p = {correlation.p:.2g}."
+                )
+                pictures.append(_picture(ax, title, caption))
+    return pictures
+
+
+def _axes() -> Axes:
+    return Figure(figsize=(6.4, 3.8), layout="constrained").add_subplot()
+
+
+def _picture(ax: Axes, title: str, caption: str) -> Picture:
+    ax.set_title(title)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    figure = ax.figure
+    assert isinstance(figure, Figure)
+    return Picture(re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"), title, caption, png_bytes(figure, dpi=140))
+
+
+def _draw_steps(ax: Axes, config: StepsConfig, results: Results) -> bool:
+    drawn = False
+    for index, (label, variant) in enumerate(config.lines.items()):
+        curves = [c for seed in results.seeds if (c := results.curve(variant, config.measure, seed))]
+        steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+        if not steps:
+            continue
+        drawn = True
+        intervals = [t_interval([curve[step] for curve in curves]) for step in steps]
+        color = BRANCH_COLORS[index % len(BRANCH_COLORS)]
+        ax.plot(steps, [i.value for i in intervals], color=color, label=label, marker=".", markersize=4)
+        low, high = ([getattr(i, end) for i in intervals] for end in ("low", "high"))
+        ax.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    ax.set(xlabel="optimizer step", ylabel=LABELS[config.measure])
+    if config.measure == "symmetric_kl" and drawn:
+        ax.set_yscale("log")
+    return drawn
+
+
+def _draw_sweep(ax: Axes, config: SweepConfig, results: Results) -> bool:
+    settings = sorted({setting for line in config.lines.values() for setting in line})
+    drawn = False
+    for index, (label, line) in enumerate(config.lines.items()):
+        found = {x: list(results.accuracies(model, config.domain).values()) for x, model in sorted(line.items())}
+        found = {x: values for x, values in found.items() if values}
+        if not found:
+            continue
+        drawn = True
+        intervals = [t_interval(values) for values in found.values()]
+        means = [100 * i.value for i in intervals]
+        errors = np.nan_to_num([50 * (i.high - i.low) for i in intervals])
+        # Settings at equal distances, whatever their numbers; lines side by side, so that their bars can be told apart.
+        x = [settings.index(setting) + 0.06 * (index - (len(config.lines) - 1) / 2) for setting in found]
+        color = BRANCH_COLORS[index % len(BRANCH_COLORS)]
+        ax.errorbar(x, means, errors, color=color, label=label, marker=MARKERS[index % len(MARKERS)], capsize=3)
+    ax.set_xticks(range(len(settings)), [f"{setting:g}" for setting in settings])
+    ax.set(xlabel=config.x_label, ylabel="accuracy (%)")
+    return drawn
+
+
+def _draw_pilot(ax: Axes, results: Results) -> bool:
+    seeds = [seed for seed in results.seeds if (PILOT, seed) in results.finished]
+    all_x: list[float] = []
+    all_y: list[float] = []
+    for index, seed in enumerate(seeds):
+        x, y = overlap_and_gain(results, [seed])
+        all_x, all_y = all_x + x, all_y + [100 * gain for gain in y]
+        color, marker = BRANCH_COLORS[index % len(BRANCH_COLORS)], MARKERS[index % len(MARKERS)]
+        ax.scatter(x, [100 * gain for gain in y], color=color, marker=marker, s=24, label=f"seed {seed}")
+    _draw_fit(ax, all_x, all_y)
+    ax.set(xlabel="top-k overlap before distillation", ylabel="gain in accuracy (points)")
+    return bool(seeds)
+
+
+def _draw_fit(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    if len(x) > 2 and np.ptp(x) > 0:
+        slope, intercept = np.polyfit(x, y, 1)
+        ends = np.array([min(x), max(x)])
+        ax.plot(ends, slope * ends + intercept, color="#888888", linestyle="--", linewidth=1)

@@ -1,0 +1,142 @@
+"""From a study to its units, and the folder that holds them: one run folder per seed and variant."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from copd_engine import run_folder
+from copd_engine.config import RunConfig, build_config
+from copd_engine.study.config import PILOT, StudyConfig
+from copd_engine.types import UserError, suggest
+
+STUDY = "study.json"
+GENERATED = ("testbed", "reasoning_gym")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A variant with a seed. ``needs``: the variant of the same seed that is trained before it."""
+
+    variant: str
+    seed: int
+    folder: Path
+    config: RunConfig
+    needs: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"seed-{self.seed}/{self.variant}"
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / run_folder.RESULT).is_file()
+
+
+def study_dir_of(study: StudyConfig) -> Path:
+    return study.output_dir / study.name
+
+
+def units_of(study: StudyConfig, fast: bool = False) -> list[Unit]:
+    """All units, seed by seed, in the config's order, the pilot last. UserError for a run config that is wrong."""
+    root = study_dir_of(study)
+    units = []
+    for seed in study.seeds:
+        folder = root / f"seed-{seed}"
+        for name, variant in study.variants.items():
+            config = _run_config(study, name, seed, folder, fast)
+            units.append(Unit(name, seed, folder / name, config, variant.experts))
+        if study.pilot is not None:
+            config = next(u.config for u in units if (u.seed, u.variant) == (seed, study.pilot.experts))
+            for branch in (study.pilot.teacher, *study.pilot.students):
+                if branch not in config.branch_names:
+                    raise UserError(f"pilot: no branch of variant {study.pilot.experts!r} is named {branch!r}")
+            units.append(Unit(PILOT, seed, folder / PILOT, config, study.pilot.experts))
+    return units
+
+
+def _run_config(study: StudyConfig, name: str, seed: int, folder: Path, fast: bool) -> RunConfig:
+    variant = study.variants[name]
+    data = merged(study.run, variant.changes)
+    where = f"variants.{name}"
+    branches = data.get("branches")
+    if not isinstance(branches, list) or not all(isinstance(branch, dict) for branch in branches):
+        raise UserError(f"{where}: run.branches must be a list of branches")
+    if variant.branches is not None:
+        known = [branch.get("name") for branch in branches]
+        for branch in variant.branches:
+            if branch not in known:
+                raise UserError(f"{where}.branches: no branch is named {branch!r}{suggest(branch, map(str, known))}")
+        branches = [branch for branch in branches if branch.get("name") in variant.branches]
+    changes = merged(variant.each_branch, study.fast.each_branch) if fast else variant.each_branch
+    data["branches"] = [_with_seed(merged(branch, changes), seed) for branch in branches]
+    data |= {"name": name, "seed": seed, "output_dir": str(folder), "baselines": [], "parallel_baselines": False}
+    if fast:
+        data = merged(data, study.fast.run)
+    if variant.experts is not None:
+        method = data.get("method")
+        if method not in ("static_opd", "mopd"):
+            raise UserError(f"{where}.experts: only static_opd and mopd take experts, its method is {method!r}")
+        data = merged(data, {method: {"experts": str(folder / variant.experts)}})
+    return build_config(data, where)
+
+
+def merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with ``changes``; sections are merged key by key, everything else is replaced."""
+    result = copy.deepcopy(dict(data))
+    for key, value in changes.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
+    return result
+
+
+def _with_seed(branch: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Generated prompts are drawn anew for every seed, so that an interval over seeds covers the choice of prompts."""
+
+    def seeded(source: dict[str, Any]) -> dict[str, Any]:
+        if source.get("source", "testbed") in GENERATED:
+            return {**source, "seed": int(source.get("seed", 0)) + seed}
+        return source
+
+    data = seeded(dict(branch.get("data") or {}))
+    if isinstance(data.get("sources"), list):
+        data["sources"] = [seeded(source) if isinstance(source, dict) else source for source in data["sources"]]
+    return {**branch, "data": data}
+
+
+# The folder
+
+
+def fingerprint(study: StudyConfig, fast: bool = False) -> str:
+    """SHA-256 of everything in the config that could change a number or a claim."""
+    config = study.model_dump(mode="json", exclude={"name", "output_dir", "processes"}) | {"is_fast": fast}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def claim_folder(study: StudyConfig, fast: bool = False) -> Path:
+    """Make the study's folder, or find it made by the same config; UserError where another config made it.
+
+    The config is so fixed before the first seed is trained.
+    """
+    root = study_dir_of(study)
+    file, sha256 = root / STUDY, fingerprint(study, fast)
+    if file.is_file():
+        known = json.loads(file.read_text())["sha256"]
+        if known != sha256:
+            raise UserError(
+                f"{root} holds a study with another config (sha256 {known[:12]}, this one {sha256[:12]}): its claims "
+                "and settings were fixed before its seeds were run; choose another name=..., or remove the folder"
+            )
+        return root
+    # A kill between the two writes leaves the file written aside.
+    if root.exists() and any(path.name != f".{STUDY}" for path in root.iterdir()):
+        raise UserError(f"{root} exists and is not a study's folder (no {STUDY}): choose another name=...")
+    root.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(file, {"sha256": sha256, "date": run_folder.today(), "config": study.model_dump(mode="json")})
+    return root

@@ -1,0 +1,216 @@
+"""What claims say about runs whose numbers are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from copd_engine.study.claims import Measured, measure_claims
+from copd_engine.study.results import Results
+from copd_engine.study.statistics import t_interval
+from copd_engine.study.tables import claims_note, claims_table
+from copd_engine.types import UserError
+from tests.study_folder import study_of, write_pilot, write_run
+
+
+def measured(root: Path, claim: dict[str, Any], runs: Any, **sections: Any) -> Measured:
+    """The claim on a study whose folders ``runs(study)`` writes."""
+    study = study_of(root, claims=[{"claim": "it is so", **claim}], **sections)
+    runs(study)
+    return measure_claims(study, Results(study))[0]
+
+
+def scores(*right: int) -> list[float]:
+    """20 prompts, of which these are solved."""
+    return [float(i in right) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ((3, 4, 5), "holds"),
+        ((-3, -4, -5), "does not hold"),
+        ((3, -4, 5), "not decided"),
+        ((0, 0, 0), "not decided"),
+    ],
+)
+def test_accuracy_is_compared_seed_by_seed(tmp_path: Path, differences: tuple[int, ...], expected: str) -> None:
+    def runs(study: Any) -> None:
+        for seed, difference in zip(study.seeds, differences, strict=True):
+            write_run(study, "copd", seed, {"merged": {"text": scores(*range(8 + difference))}})
+            write_run(study, "expert", seed, {"average of experts": {"text": scores(*range(8))}})
+
+    found = measured(tmp_path, {"better": "copd", "than": "expert"}, runs)
+    assert found.outcome == expected
+    assert found.by_seed == pytest.approx({seed: d / 20 for seed, d in zip((1, 2, 3), differences, strict=True)})
+    assert found.interval == pytest.approx(t_interval([d / 20 for d in differences]))
+
+
+def test_domains_and_other_rows_of_a_run(tmp_path: Path) -> None:
+    def runs(study: Any) -> None:
+        for seed in study.seeds:
+            merged = {"text": scores(*range(4 + seed)), "image": scores(*range(10))}
+            write_run(study, "copd", seed, {"branch:text": {"text": scores(), "image": scores(0)}, "merged": merged})
+            write_run(study, "expert", seed, {"expert:text": {"text": scores(0), "image": scores(1)}, "x": merged})
+
+    claim = {"better": "copd", "than": "expert/expert:text", "domain": "text"}
+    assert measured(tmp_path, claim, runs).by_seed == pytest.approx({s: (3 + s) / 20 for s in (1, 2, 3)})
+    average = measured(tmp_path / "average", {"better": "copd", "than": "copd/branch:text"}, runs)
+    assert average.by_seed == pytest.approx({s: (13 + s) / 40 for s in (1, 2, 3)})
+    for model, message in (
+        ("copd/branch:video", "no such row.*'branch:text', 'merged'"),
+        ("copd", "no accuracy on 'sound'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measured(tmp_path / model, {"better": model, "than": "expert", "domain": "sound"}, runs)
+
+
+def test_the_interval_over_prompts_pairs_them_within_seeds(tmp_path: Path) -> None:
+    """Against resampling by brute force; unpaired resampling would give an interval more than twice as wide."""
+    rng = np.random.default_rng(0)
+    ours = {seed: rng.integers(0, 2, 50).astype(float) for seed in (1, 2, 3)}
+    theirs = {seed: np.where(rng.random(50) < 0.1, 1 - values, values) for seed, values in ours.items()}
+
+    def runs(study: Any) -> None:
+        for seed in study.seeds:
+            write_run(study, "copd", seed, {"merged": {"text": ours[seed]}})
+            write_run(study, "expert", seed, {"average": {"text": theirs[seed]}})
+
+    found = measured(tmp_path, {"better": "copd", "than": "expert"}, runs).prompts
+    assert found is not None
+    means = []
+    for _ in range(4000):
+        draws = {seed: rng.integers(0, 50, 50) for seed in ours}
+        means.append(np.mean([(ours[s] - theirs[s])[i].mean() for s, i in draws.items()]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.008)
+    assert high - low < 0.12
+
+
+CURVE = {6: (1, "rl", 0.90), 10: (1, "opd", 0.96), 16: (2, "rl", 0.92), 20: (2, "opd", 0.91)}
+
+
+def curves(copd: dict[int, tuple[int, str, float]], expert: dict[int, float]) -> Any:
+    def runs(study: Any) -> None:
+        for seed in study.seeds:
+            write_run(study, "copd", seed, {"merged": {"text": scores()}}, copd)
+            other = {step: (1, "rl", value) for step, value in expert.items()}
+            write_run(study, "expert", seed, {"average": {"text": scores()}}, other)
+
+    return runs
+
+
+def test_phases_count_their_own_changes(tmp_path: Path) -> None:
+    # Phase I: 1 -> .90, .96 -> .92: mean -.07. Phase II: .90 -> .96, .92 -> .91: mean +.025.
+    common = {"kind": "phase", "variant": "copd", "measure": "overlap"}
+    falls = measured(tmp_path / "a", {**common, "phase": "rl", "direction": "falls"}, curves(CURVE, {}))
+    rises = measured(tmp_path / "b", {**common, "phase": "opd", "direction": "rises"}, curves(CURVE, {}))
+    assert falls.by_seed == pytest.approx(dict.fromkeys((1, 2, 3), 0.07))
+    assert falls.note == "falls in 6 of 6 phases"
+    assert rises.by_seed == pytest.approx(dict.fromkeys((1, 2, 3), 0.025))
+    assert rises.note == "rises in 3 of 6 phases"
+    assert (falls.outcome, rises.outcome) == ("holds", "holds")
+    wrong = measured(tmp_path / "c", {**common, "phase": "rl", "direction": "rises"}, curves(CURVE, {}))
+    assert wrong.outcome == "does not hold"
+
+
+def test_above_and_stays_above_independent_experts(tmp_path: Path) -> None:
+    """From the end of the first phase I on (step 6, where both are equal), at the steps that both have."""
+    runs = curves(CURVE, {6: 0.90, 10: 0.90, 12: 0.1, 16: 0.93, 20: 0.80})
+    common = {"variant": "copd", "measure": "overlap", "than": "expert"}
+    above = measured(tmp_path / "a", {"kind": "above", **common}, runs)
+    stays = measured(tmp_path / "b", {"kind": "stays_above", **common}, runs)
+    assert above.by_seed == pytest.approx(dict.fromkeys((1, 2, 3), (0.06 - 0.01 + 0.11) / 3))
+    assert stays.by_seed == pytest.approx(dict.fromkeys((1, 2, 3), -0.01))
+    assert above.note == stays.note == "above at 6 of 9 measurements"
+    assert (above.outcome, stays.outcome) == ("holds", "does not hold")
+
+
+def test_stays_above_a_level_at_every_measurement(tmp_path: Path) -> None:
+    common = {"kind": "stays_above", "variant": "copd", "measure": "overlap"}
+    found = measured(tmp_path / "a", {**common, "level": 0.9}, curves(CURVE, {}))
+    assert found.by_seed == pytest.approx(dict.fromkeys((1, 2, 3), 0.0), abs=1e-12)
+    assert found.note == "above at 9 of 12 measurements"
+    assert measured(tmp_path / "b", {**common, "level": 0.85}, curves(CURVE, {})).outcome == "holds"
+    assert measured(tmp_path / "c", {**common, "level": 0.95}, curves(CURVE, {})).outcome == "does not hold"
+
+
+PILOT = {"experts": "expert", "teacher": "image", "students": ["text"], "fractions": [0.5], "opd_steps": 1}
+
+
+def test_the_pilots_correlation_by_seed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    points = {seed: (x := rng.random(12), 0.3 * x + 0.02 * rng.normal(size=12)) for seed in (1, 2, 3)}
+
+    def runs(study: Any) -> None:
+        for seed, (x, y) in points.items():
+            write_pilot(study, seed, list(x), list(y))
+
+    found = measured(tmp_path, {"kind": "pilot"}, runs, pilot=PILOT)
+    rs = {seed: np.corrcoef(x, y)[0, 1] for seed, (x, y) in points.items()}
+    assert found.by_seed == pytest.approx(rs)
+    assert found.interval is not None
+    assert found.interval.value == pytest.approx(math.tanh(np.mean(np.arctanh(list(rs.values())))))
+    assert found.outcome == "holds"
+    pooled = np.corrcoef(*(np.concatenate([p[i] for p in points.values()]) for i in (0, 1)))[0, 1]
+    assert found.note.startswith(f"all 36 points: r = {pooled:.2f}, p = ")
+
+
+def test_a_pilot_without_spread_decides_nothing(tmp_path: Path) -> None:
+    def runs(study: Any) -> None:
+        for seed in study.seeds:
+            write_pilot(study, seed, [0.5, 0.5, 0.5], [0.1, 0.2, 0.3])
+
+    found = measured(tmp_path, {"kind": "pilot"}, runs, pilot=PILOT)
+    assert (found.outcome, found.by_seed) == ("not decided", {})
+    assert found.note == "overlap or gain is the same for all students"
+
+
+def test_seeds_that_are_missing_are_left_out_and_all_missing_is_said(tmp_path: Path) -> None:
+    def runs(study: Any) -> None:
+        for seed in (1, 3):
+            write_run(study, "copd", seed, {"merged": {"text": scores(*range(10))}})
+        for seed in (2, 3):
+            write_run(study, "expert", seed, {"average": {"text": scores(0)}})
+
+    found = measured(tmp_path / "a", {"better": "copd", "than": "expert"}, runs)
+    assert found.by_seed == pytest.approx({3: 0.45})
+    assert found.outcome == "not decided"
+    nothing = measured(tmp_path / "b", {"better": "copd", "than": "expert"}, lambda study: None)
+    assert (nothing.outcome, nothing.interval) == ("missing", None)
+
+
+def test_the_table_says_how_many_claims_were_tested(tmp_path: Path) -> None:
+    """Differences of .1 with a spread of .01 are decided, with Bonferroni's correction too; one of .008 is not."""
+    spread = {1: 0, 2: 1, 3: 2}
+
+    def write(study: Any) -> None:
+        for seed in study.seeds:
+            models = {
+                "base": {"text": [0.5] * 20},
+                "weak": {"text": [0.5 + 0.01 * (spread[seed] - 0.2)] * 20},
+                "merged": {"text": [0.6 + 0.01 * spread[seed]] * 20},
+            }
+            write_run(study, "copd", seed, models)
+
+    claims = [
+        {"claim": "merged is above base", "better": "copd", "than": "copd/base"},
+        {"claim": "base is above merged", "better": "copd/base", "than": "copd"},
+        {"claim": "weak is above base", "better": "copd/weak", "than": "copd/base"},
+    ]
+    study = study_of(tmp_path, claims=claims)
+    write(study)
+    found = measure_claims(study, Results(study))
+    assert [m.outcome for m in found] == ["holds", "does not hold", "not decided"]
+    assert [m.survives_correction for m in found] == [True, True, False]
+    note = claims_note(found)
+    assert "3 claims were tested: 1 hold, 1 do not hold, 1 are not decided" in note
+    assert "2 (marked *) stay so with intervals at 98.33 %" in note
+    rows = claims_table(found).rows
+    assert rows[0][0] == "merged is above base"
+    assert rows[0][2].startswith("+11.0 [+8.5, +13.5]")
+    assert [row[-1] for row in rows] == ["holds *", "does not hold *", "not decided"]

@@ -1,0 +1,98 @@
+"""Intervals and correlations against scipy, numpy and brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from copd_engine.study.statistics import Interval, correlation_interval, pearson, t_interval, verdict
+
+NUMBERS = st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=2, max_size=8)
+
+
+@given(NUMBERS, st.sampled_from([0.9, 0.95, 0.998]))
+def test_t_interval_is_scipys(values: list[float], confidence: float) -> None:
+    interval = t_interval(values, confidence)
+    assert interval.value == pytest.approx(sum(values) / len(values), abs=1e-12)
+    if np.std(values) > 1e-9:
+        scale = np.std(values, ddof=1) / math.sqrt(len(values))
+        expected = stats.t.interval(confidence, len(values) - 1, interval.value, scale)
+        assert interval[1:] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    else:
+        assert interval.high - interval.low == pytest.approx(0, abs=1e-7)
+
+
+def test_t_interval_of_five_by_hand() -> None:
+    # t(0.975, 4) = 2.776445, sd = sqrt(2.5), sem = sqrt(0.5)
+    assert t_interval([1, 2, 3, 4, 5]) == pytest.approx(
+        (3, 3 - 2.776445 * math.sqrt(0.5), 3 + 2.776445 * math.sqrt(0.5))
+    )
+
+
+def test_the_95_percent_interval_of_five_seeds_covers_the_truth_95_times_in_100() -> None:
+    rng = np.random.default_rng(0)
+    intervals = [t_interval(list(row)) for row in rng.normal(0.3, 1.0, (4000, 5))]
+    covered = np.mean([i.low <= 0.3 <= i.high for i in intervals])
+    assert covered == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 4000))
+
+
+def test_one_seed_has_no_interval_and_none_is_an_error() -> None:
+    interval = t_interval([0.25])
+    assert interval.value == 0.25
+    assert math.isnan(interval.low)
+    assert math.isnan(interval.high)
+    assert verdict(interval) == "not decided"
+    with pytest.raises(ValueError, match="no values"):
+        t_interval([])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.01, 0.03, "holds"),
+        (-0.03, -0.01, "does not hold"),
+        (-0.01, 0.03, "not decided"),
+        (0.0, 0.02, "not decided"),
+        (-0.02, 0.0, "not decided"),
+        (0.0, 0.0, "not decided"),
+    ],
+)
+def test_the_whole_interval_decides(low: float, high: float, expected: str) -> None:
+    assert verdict(Interval((low + high) / 2, low, high)) == expected
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=12))
+def test_pearson_is_numpys(points: list[tuple[float, float]]) -> None:
+    x, y = (list(column) for column in zip(*points, strict=True))
+    found = pearson(x, y)
+    if np.std(x) < 1e-6 or np.std(y) < 1e-6:
+        return
+    assert found.r == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-6)
+    assert 0 <= found.p <= 1
+
+
+def test_the_p_value_is_close_to_that_of_all_permutations() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=7)
+    y = 0.5 * x + rng.normal(size=7)
+    found = pearson(list(x), list(y))
+    permuted = np.array([np.corrcoef(x, y[list(order)])[0, 1] for order in itertools.permutations(range(7))])
+    assert found.p == pytest.approx(np.mean(np.abs(permuted) >= abs(found.r) - 1e-12), abs=0.03)
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [2, 2, 2])])
+def test_no_correlation_without_spread_or_points(x: list[float], y: list[float]) -> None:
+    assert all(math.isnan(value) for value in pearson(x, y))
+
+
+def test_the_interval_of_correlations_is_taken_on_fishers_scale() -> None:
+    rs = [0.5, 0.8, 0.9]
+    expected = np.tanh(t_interval(list(np.arctanh(rs))))
+    assert correlation_interval(rs) == pytest.approx(tuple(expected))
+    assert correlation_interval([1.0, 1.0]).high <= 1.0
