@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from copd_engine.algorithms import Assignment, StepPlan
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
+from copd_engine.dynamic_sampling import RewardedRollouts, chosen, joined, num_missing
 from copd_engine.objectives import TrainSample
 from copd_engine.prompts import PromptSource
 from copd_engine.rewards import Reward, RewardScore
@@ -40,7 +41,8 @@ class Timer:
 
 
 class StepRunner:
-    """Executes plans. ``streams`` holds the prompts of each (student, source); ``rollouts_drawn`` counts by student."""
+    """Executes plans. ``streams`` holds the prompts of each (student, source); ``rollouts_drawn`` counts by student,
+    ``num_resampled`` the further groups of the last step by assignment."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class StepRunner:
             for number, branch in enumerate(config.branches)
         }
         self.rollouts_drawn: dict[str, int] = defaultdict(int)
+        self.num_resampled: dict[Assignment, int] = {}
 
     def run(self, plan: StepPlan, timer: Timer) -> dict[str, dict[str, Any]]:
         """Execute ``plan``; returns the metrics of each branch."""
@@ -75,6 +78,8 @@ class StepRunner:
                     kept, stats = self._samples.samples(assignment, rollouts)
                 stats["prompts_skipped"] = self.streams[student, assignment.source].num_skipped
                 stats["reward_terms"] = _term_means(scores)
+                if assignment.teacher is None:
+                    stats["num_resampled_groups"] = self.num_resampled[assignment]
                 per_branch[student]["rollout"][assignment.source] = stats
                 samples[student] += kept
         for student, branch in self.branches.items():
@@ -89,44 +94,51 @@ class StepRunner:
         for name, branch in self.branches.items():
             self.engine.sync(name, branch.parameters, branch.version)
 
-    def roll_out(self, plan: StepPlan, timer: Timer) -> dict[Assignment, tuple[list[Rollout], list[RewardScore]]]:
+    def roll_out(self, plan: StepPlan, timer: Timer) -> dict[Assignment, RewardedRollouts]:
         """The rewarded rollouts of each assignment, in the order of their requests; after it the engine sleeps.
 
         All students are sampled in one call, so each is swapped in once, or all share a batch. Groups are verified as
-        they finish, by the terms of the branch whose prompts they are, whoever answered.
+        they finish, by the terms of the branch whose prompts they are, whoever answered. Under dynamic sampling GRPO's
+        groups without variance are replaced by those of further prompts, in one more call a round.
         """
-        begun: dict[tuple[str, int], tuple[list[Rollout], Callable[[], list[RewardScore]]]] = {}
-        with timer("rollout"):
-            requests, assignment_of = self._requests(plan)
-            with closing(self.engine.generate_mixed(requests, self.sampling)) as groups:
-                for student, rollouts in groups:
-                    self._check_versions(student, rollouts)
-                    self.rollouts_drawn[student] += len(rollouts)
-                    key = student, rollouts[0].request.group
-                    begun[key] = rollouts, self.rewards[assignment_of[key].source].begin(rollouts)
-            self.engine.sleep()
-        drawn: dict[Assignment, tuple[list[Rollout], list[RewardScore]]] = {a: ([], []) for a in plan.assignments}
-        with timer("verify"):
-            for key, assignment in assignment_of.items():
-                if key not in begun:  # the engine has lost it
-                    continue
-                rollouts, scores_of = begun[key]
-                scores = scores_of()
-                pairs = zip(rollouts, scores, strict=True)
-                drawn[assignment][0].extend(rollout.with_reward(score.total) for rollout, score in pairs)
-                drawn[assignment][1].extend(scores)
-        return drawn
-
-    def _requests(self, plan: StepPlan) -> tuple[dict[str, list[RolloutRequest]], dict[tuple[str, int], Assignment]]:
-        """What each student is asked, and the assignment of each of its groups; groups count from 0 per student."""
-        requests: dict[str, list[RolloutRequest]] = {}
         assignment_of: dict[tuple[str, int], Assignment] = {}
-        for student in self.branches:
+        groups: dict[tuple[str, int], RewardedRollouts] = {}
+        wanted = {assignment: assignment.num_prompts for assignment in plan.assignments}
+        for rounds_left in range(self.config.objective.dynamic_sampling.max_rounds, -1, -1):
+            with timer("rollout"):
+                begun = self._generate(self._requests(plan, wanted, assignment_of), assignment_of)
+                if not rounds_left:
+                    self.engine.sleep()
+            with timer("verify"):
+                for key, (rollouts, scores_of) in begun.items():
+                    scores = scores_of()
+                    pairs = zip(rollouts, scores, strict=True)
+                    groups[key] = [rollout.with_reward(score.total) for rollout, score in pairs], scores
+            drawn = _by_assignment(plan, assignment_of, groups)
+            wanted = {a: num_missing(a.num_prompts, drawn[a]) for a in plan.assignments if a.teacher is None}
+            if rounds_left and not any(wanted.values()):
+                with timer("rollout"):
+                    self.engine.sleep()
+                break
+        asked = Counter(assignment_of.values())
+        self.num_resampled = {a: asked[a] - a.num_prompts for a in plan.assignments}
+        return {
+            a: joined(chosen(found, a.num_prompts) if self.num_resampled[a] else found) for a, found in drawn.items()
+        }
+
+    def _requests(
+        self, plan: StepPlan, wanted: Mapping[Assignment, int], assignment_of: dict[tuple[str, int], Assignment]
+    ) -> dict[str, list[RolloutRequest]]:
+        """What each student is asked for so many further prompts of each assignment. Groups count from 0 per student;
+        the new ones are entered in ``assignment_of``."""
+        requests: dict[str, list[RolloutRequest]] = {}
+        for student in plan.students:
             requests[student] = []
-            group = 0
+            group = sum(of_student == student for of_student, _ in assignment_of)
             for assignment in plan.of(student):
-                prompts = self.streams[student, assignment.source].take(assignment.num_prompts)
-                for number, prompt in enumerate(prompts):
+                first = list(assignment_of.values()).count(assignment)
+                prompts = self.streams[student, assignment.source].take(wanted.get(assignment, 0))
+                for number, prompt in enumerate(prompts, start=first):
                     for member in range(self.config.rollout.group_size):
                         # Not the running group: the order of branches in the config must not change what is drawn.
                         seed = derive_seed(
@@ -135,7 +147,20 @@ class StepRunner:
                         requests[student].append(RolloutRequest(prompt, seed, group))
                     assignment_of[student, group] = assignment
                     group += 1
-        return requests, assignment_of
+        return {student: asked for student, asked in requests.items() if asked}
+
+    def _generate(
+        self, requests: Mapping[str, list[RolloutRequest]], assignment_of: Mapping[tuple[str, int], Assignment]
+    ) -> dict[tuple[str, int], tuple[list[Rollout], Callable[[], list[RewardScore]]]]:
+        """Rollouts of each group that the engine has not lost, and what waits for their scores."""
+        begun: dict[tuple[str, int], tuple[list[Rollout], Callable[[], list[RewardScore]]]] = {}
+        with closing(self.engine.generate_mixed(requests, self.sampling)) as groups:
+            for student, rollouts in groups:
+                self._check_versions(student, rollouts)
+                self.rollouts_drawn[student] += len(rollouts)
+                key = student, rollouts[0].request.group
+                begun[key] = rollouts, self.rewards[assignment_of[key].source].begin(rollouts)
+        return begun
 
     def _check_versions(self, student: str, rollouts: Sequence[Rollout]) -> None:
         for rollout in rollouts:
@@ -144,6 +169,19 @@ class StepRunner:
                     f"the engine sampled with version {rollout.weight_version} of {student!r}, "
                     f"the trainer is at {self.branches[student].version}"
                 )
+
+
+def _by_assignment(
+    plan: StepPlan,
+    assignment_of: Mapping[tuple[str, int], Assignment],
+    groups: Mapping[tuple[str, int], RewardedRollouts],
+) -> dict[Assignment, list[RewardedRollouts]]:
+    """The groups of each assignment in the order in which they were asked for."""
+    found: dict[Assignment, list[RewardedRollouts]] = {assignment: [] for assignment in plan.assignments}
+    for key, assignment in assignment_of.items():
+        if key in groups:  # or the engine has lost it
+            found[assignment].append(groups[key])
+    return found
 
 
 def _term_means(scores: Sequence[RewardScore]) -> dict[str, float]:

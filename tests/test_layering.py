@@ -38,6 +38,7 @@ LEVELS = {
     "copd_engine.objectives": 1,
     "copd_engine.batch_loss": 1.5,
     "copd_engine.update_totals": 1.5,
+    "copd_engine.dynamic_sampling": 3,
     "copd_engine.merge": 1,
     "copd_engine.master_weights": 1,
     "copd_engine.merge.streaming": 1.5,
