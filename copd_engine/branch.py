@@ -85,6 +85,15 @@ class Branch:
         return ChainMap({name: m.detach() for name, m in self.masters.tensors.items() if name in full}, full)  # type: ignore[arg-type]
 
     @torch.no_grad()
+    def start_from(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Take these values for all that is trained, by its names; the optimizer keeps its state."""
+        for name, master in self.masters.tensors.items():
+            master.copy_(parameters[name])
+        self.masters.round_into_model()
+        self._head = None
+        self.version += 1  # or an engine would keep the old weights
+
+    @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """Log-probs fp32 ``[N]`` on the CPU of each rollout's tokens under this branch, at the sampling temperature."""
         return self._for_each(rollouts, lambda batch: self._loss.logp(self.policy.hidden_states(batch), batch.target_N))
@@ -125,7 +134,7 @@ class Branch:
 
     def _update(self, samples: Sequence[TrainSample]) -> dict[str, Any]:
         self._head = None  # of before
-        parts = _split_groups(samples, self._objective.updates_per_step)
+        parts = split_groups(samples, self._objective.updates_per_step)
         old = self._old_policies([sample for part in parts[1:] for sample in part])
         totals, loss_sum, grad_norms, skipped = UpdateTotals(), 0.0, [], False
         for part in parts:
@@ -210,7 +219,7 @@ def _constant(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().clone() if parameter.requires_grad else parameter.detach()
 
 
-def _split_groups(samples: Sequence[TrainSample], parts: int) -> list[list[TrainSample]]:
+def split_groups(samples: Sequence[TrainSample], parts: int) -> list[list[TrainSample]]:
     """Whole groups dealt in turn over ``parts`` updates, so that each sees every term."""
     groups: dict[tuple[str, int], list[TrainSample]] = {}
     for sample in samples:

@@ -28,8 +28,16 @@ FORMAT = 1
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(folder: Path, step: int, branches: Mapping[str, Branch], state: dict[str, Any], keep: int) -> Path:
-    """Write ``folder/step-NNNNNN`` and drop all but the newest ``keep``. ``state``: further JSON for the manifest."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    branches: Mapping[str, Branch],
+    state: dict[str, Any],
+    keep: int,
+    further: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> Path:
+    """Write ``folder/step-NNNNNN`` and drop all but the newest ``keep``. ``state``: further JSON for the manifest;
+    ``further``: tensors for files of these names, which :func:`load_tensors` reads."""
     target = folder / f"step-{step:06d}"
     aside = folder / f".writing-{step:06d}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -44,6 +52,8 @@ def save_checkpoint(folder: Path, step: int, branches: Mapping[str, Branch], sta
             "num_skipped": branch.num_skipped,
             "num_skipped_in_a_row": branch.num_skipped_in_a_row,
         }
+    for name, extra in (further or {}).items():
+        save_file(dict(extra), aside / f"{name}.safetensors")
     for file in sorted(aside.iterdir()):
         manifest["files"][file.name] = _sha256(file)
         _sync(file)
@@ -88,6 +98,14 @@ def load_checkpoint(path: Path, branches: Mapping[str, Branch]) -> tuple[int, di
         branch.num_skipped = saved["num_skipped"]
         branch.num_skipped_in_a_row = saved["num_skipped_in_a_row"]
     return manifest["step"], manifest["state"]
+
+
+def load_tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
+    """One of the ``further`` files of a checkpoint that :func:`load_checkpoint` has read; UserError if it has none."""
+    file = path / f"{name}.safetensors"
+    if not file.is_file():
+        raise UserError(f"checkpoint {path}: has no {file.name}; it was written under another config")
+    return load_file(file)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from copd_engine.evaluate import Accuracy, average
+from copd_engine.flops import Work
 from copd_engine.models.base import Policy, PromptEncoder
 
 #: Order of the result table.
 ROW_KINDS = ("base", "expert", "baseline", "branch", "merged")
 
 
-def result_row(model: str, kind: str, accuracies: Mapping[str, Accuracy], rollouts: int) -> dict[str, Any]:
-    """One row of ``result.json``; ``rollouts`` were drawn to train the model, ``num_prompts`` is that of a domain."""
+def result_row(
+    model: str,
+    kind: str,
+    accuracies: Mapping[str, Accuracy],
+    rollouts: int,
+    steps: int = 0,
+    work: Work | None = None,
+) -> dict[str, Any]:
+    """One row of ``result.json``; ``num_prompts`` is that of a domain.
+
+    What it took to train the model, all models together that it is made of: ``rollouts``, ``steps`` of an optimizer,
+    ``work`` (``train_flops`` and tokens).
+    """
+    work = work or Work()
     overall = average(accuracies)
     return {
         "model": model,
@@ -23,7 +37,15 @@ def result_row(model: str, kind: str, accuracies: Mapping[str, Accuracy], rollou
         "stderr": {**{name: a.stderr for name, a in accuracies.items()}, "average": overall.stderr},
         "num_prompts": min(a.num_prompts for a in accuracies.values()),
         "rollouts": rollouts,
+        "steps": steps,
+        "train_flops": work.flops,
+        "train_tokens": {k.removesuffix("_tokens"): v for k, v in asdict(work).items() if k.endswith("_tokens")},
     }
+
+
+def work_of(row: Mapping[str, Any]) -> Work:
+    """The work that a row of :func:`result_row` says its training took."""
+    return Work(flops=row["train_flops"], **{f"{key}_tokens": count for key, count in row["train_tokens"].items()})
 
 
 def accuracy_row(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:

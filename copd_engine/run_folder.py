@@ -40,9 +40,10 @@ def check(run_dir: Path, config: RunConfig) -> None:
     """UserError unless ``run_dir`` is free or holds a run of this config. Writes nothing."""
     file = run_dir / CONFIG
     if file.is_file():
-        if comparable(load_config(file)) != comparable(config):
+        found = difference(comparable(load_config(file)), comparable(config))
+        if found:
             raise UserError(
-                f"{run_dir} holds a run with another config ({difference(comparable(load_config(file)), comparable(config))}): "
+                f"{run_dir} holds a run with another config ({found}): "
                 "choose another name=... or output_dir=..., or remove the folder"
             )
         return

@@ -42,10 +42,7 @@ def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False
         shutil.rmtree(run_dir)
     run_folder.claim(run_dir, config)
     with _lock(run_dir):
-        baselines = [
-            (config.model_copy(update={"method": method, "baselines": ()}), run_dir / "baselines" / method)
-            for method in config.baselines
-        ]
+        baselines = [(_baseline(config, method, run_dir), run_dir / "baselines" / method) for method in _order(config)]
         todo = [(settings, folder) for settings, folder in baselines if not (folder / run_folder.RESULT).is_file()]
         children = []
         if config.parallel_baselines:
@@ -58,7 +55,8 @@ def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False
             for child in children:
                 child.join()
             results = [json.loads((folder / run_folder.RESULT).read_text()) for _, folder in baselines]
-            return [row for result in results for row in result["rows"] if row["kind"] != "base"]
+            rows = [row for result in results for row in result["rows"] if row["kind"] != "base"]
+            return list({row["model"]: row for row in reversed(rows)}.values())[::-1]  # experts may be in several
 
         try:
             result = trainer.run(baseline_rows)
@@ -67,6 +65,20 @@ def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False
                 child.stop()
     report.write_report(run_dir)
     return result
+
+
+def _order(config: RunConfig) -> list[str]:
+    """Single experts first: others may take theirs from them."""
+    return sorted(config.baselines, key=lambda method: method != "expert")
+
+
+def _baseline(config: RunConfig, method: str, run_dir: Path) -> RunConfig:
+    """The config of a baseline. Behind single experts, static distillation takes those instead of training its own."""
+    changes: dict[str, Any] = {"method": method, "baselines": ()}
+    at_hand = "expert" in config.baselines and not config.parallel_baselines and config.model.lora is None
+    if at_hand and method in ("static_opd", "mopd") and getattr(config, method).experts is None:
+        changes[method] = getattr(config, method).model_copy(update={"experts": run_dir / "baselines" / "expert"})
+    return config.model_copy(update=changes)
 
 
 class _Child:

@@ -72,7 +72,8 @@ class SampleBuilder:
     ) -> tuple[list[TrainSample], dict[str, Any]]:
         """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
         assert assignment.teacher is not None
-        teacher, beta = self.branches[assignment.teacher], self.branches[assignment.student].beta
+        teacher = self.branches[assignment.teacher]
+        beta = self.branches[assignment.student].beta * assignment.beta_scale
         limited = self._limited(rollouts)
         weight_of = self._token_weights(assignment, rollouts, limited.rollouts)
         samples = [TrainSample(r, assignment.term, weight_of(r), beta=beta) for r in limited.rollouts]
@@ -82,7 +83,7 @@ class SampleBuilder:
         else:
             states = teacher.teacher_states(limited.rollouts)
             samples = [replace(s, teacher=of_sample) for s, of_sample in zip(samples, states, strict=True)]
-        return samples, self._stats(assignment, rollouts, limited)
+        return samples, self._stats(assignment, rollouts, limited) | {"beta": beta}
 
     def _token_weights(
         self, assignment: Assignment, counted: Sequence[Rollout], limited: Sequence[Rollout]

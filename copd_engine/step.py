@@ -11,16 +11,19 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from copd_engine.algorithms import Assignment, StepPlan
-from copd_engine.branch import Branch
+from copd_engine.branch import Branch, split_groups
 from copd_engine.config import RunConfig
 from copd_engine.dynamic_sampling import RewardedRollouts, chosen, joined, num_missing
+from copd_engine.flops import Work, WorkMeter
 from copd_engine.objectives import TrainSample
 from copd_engine.prompts import PromptSource
 from copd_engine.rewards import Reward, RewardScore
 from copd_engine.rollout.base import RolloutEngine, Sampling
+from copd_engine.rollout_stats import group_stats
 from copd_engine.samples import SampleBuilder, mean_of
 from copd_engine.types import Rollout, RolloutRequest
 
@@ -41,8 +44,7 @@ class Timer:
 
 
 class StepRunner:
-    """Executes plans. ``streams`` holds the prompts of each (student, source); ``rollouts_drawn`` counts by student,
-    ``num_resampled`` the further groups of the last step by assignment."""
+    """Executes plans. ``streams`` holds the prompts of each (student, source)."""
 
     def __init__(
         self,
@@ -61,15 +63,24 @@ class StepRunner:
             branch.name: Reward(branch.reward, config.rollout.max_new_tokens, f"branches.{number}.reward")
             for number, branch in enumerate(config.branches)
         }
-        self.rollouts_drawn: dict[str, int] = defaultdict(int)
+        self._meter = WorkMeter(next(iter(branches.values())).policy.sizes, _vocab_size(branches))
+        # Of the last step: groups drawn beyond the plan's, by dynamic sampling.
         self.num_resampled: dict[Assignment, int] = {}
+        # By student, over the whole run.
+        self.rollouts_drawn: dict[str, int] = defaultdict(int)
+        self.steps_taken: dict[str, int] = defaultdict(int)
+        self.work: dict[str, Work] = defaultdict(Work)
 
     def run(self, plan: StepPlan, timer: Timer) -> dict[str, dict[str, Any]]:
-        """Execute ``plan``; returns the metrics of each branch."""
+        """Execute ``plan``; returns the metrics of each branch that it trains."""
+        for student, start in plan.copies:
+            self.branches[student].start_from(self.branches[start].parameters)
+            self.engine.sync(student, self.branches[student].parameters, self.branches[student].version)
         drawn = self.roll_out(plan, timer)
         per_branch: dict[str, dict[str, Any]] = {}
         samples: dict[str, list[TrainSample]] = {}
-        for student in self.branches:
+        for student in plan.students:
+            work = Work()
             per_branch[student] = {"rollout": {}}
             samples[student] = []
             for assignment in plan.of(student):
@@ -80,14 +91,30 @@ class StepRunner:
                 stats["reward_terms"] = _term_means(scores)
                 if assignment.teacher is None:
                     stats["num_resampled_groups"] = self.num_resampled[assignment]
+                stats |= group_stats(rollouts, scores)
+                work += self._meter.sampled(rollouts)
+                if assignment.teacher:
+                    work += self._meter.scored([sample.rollout for sample in kept])
                 per_branch[student]["rollout"][assignment.source] = stats
                 samples[student] += kept
-        for student, branch in self.branches.items():
+            work += self._update_work(samples[student])
+            per_branch[student]["work"] = asdict(work)
+            self.work[student] += work
+            self.steps_taken[student] += 1
+        for student in plan.students:
             with timer("update"):
-                per_branch[student] |= branch.update(samples[student])
+                per_branch[student] |= self.branches[student].update(samples[student])
         with timer("sync"):
             self.sync()
         return per_branch
+
+    def _update_work(self, samples: Sequence[TrainSample]) -> Work:
+        """Forward and backward, and the forwards of old log-probs and of the reference."""
+        objective = self.config.objective
+        later = [s.rollout for part in split_groups(samples, objective.updates_per_step)[1:] for s in part]
+        referred = [s.rollout for s in samples if objective.kl.weight and s.term == "grpo"]
+        trained = self._meter.trained([sample.rollout for sample in samples])
+        return trained + self._meter.scored(later) + self._meter.scored(referred)
 
     def sync(self) -> None:
         """Give the engine every branch's weights and version."""
@@ -169,6 +196,10 @@ class StepRunner:
                     f"the engine sampled with version {rollout.weight_version} of {student!r}, "
                     f"the trainer is at {self.branches[student].version}"
                 )
+
+
+def _vocab_size(branches: Mapping[str, Branch]) -> int:
+    return len(next(iter(branches.values())).policy.lm_head_weight)
 
 
 def _by_assignment(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ import torch
 from tqdm import tqdm
 
 from copd_engine import checkpoint, run_folder
-from copd_engine.algorithms import MIXED, Schedule, StepPlan
+from copd_engine.algorithms import MIXED, STUDENT, Schedule, StepPlan, betas_of, final_model
 from copd_engine.branch import Branch
 from copd_engine.config import MergeConfig, RunConfig
-from copd_engine.diagnostics import compare_branches
+from copd_engine.diagnostics import BASE, UpdateAngles, change_cosines, compare_branches
 from copd_engine.evaluate import Accuracy, evaluate
+from copd_engine.experts import EQUAL_STEPS, experts_of
+from copd_engine.flops import Work
 from copd_engine.gpu_meter import GpuMeter
 from copd_engine.inputs import held_out_prompts, load_train_examples, prompt_sources
 from copd_engine.merge import merge
@@ -30,7 +32,7 @@ from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, step_t
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.loading import load_model
 from copd_engine.resolve import resolve
-from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows
+from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows, work_of
 from copd_engine.rollout.base import RolloutEngine
 from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.rollout.select import create_engine
@@ -40,12 +42,6 @@ from copd_engine.verifiers import shared_pool
 
 MAX_SKIPPED_IN_A_ROW = 10
 SAMPLES_PER_DOMAIN = 3
-#: Name and kind of the model a method ends with.
-MERGED_LABELS = {
-    "copd": ("merged", "merged"),
-    "expert": ("average of experts", "baseline"),
-    "mixed": ("mixed RLVR", "baseline"),
-}
 
 
 class Trainer:
@@ -66,7 +62,8 @@ class Trainer:
             raise UserError(
                 f"diagnostics.top_k = {config.diagnostics.top_k}: the model's vocabulary has {vocab_size} tokens"
             )
-        betas = {branch.name: branch.beta for branch in config.branches}
+        self._experts = experts_of(config, self.schedule)
+        betas = betas_of(config)
         self.branches = {
             name: Branch(
                 name,
@@ -91,10 +88,12 @@ class Trainer:
             self.encoder,
             Path(self._scratch.name if self._scratch else "."),
         )
-        if config.optim.offload and config.model.lora is None and not config.objective.kl.weight:
-            # Only the merge and the end need it. Under LoRA all but its adapters are the branches' weights too.
-            for parameter in self.base.named_parameters().values():
-                parameter.data = parameter.data.cpu()
+        # Only the merge and the end need it: what is trained of it can wait where the masters do. What is not trained
+        # is the branches' too.
+        has_masters = any(branch.masters.copies for branch in self.branches.values())
+        self._base_on_host = config.optim.offload and has_masters and not config.objective.kl.weight
+        for parameter in self.base.named_parameters().values() if self._base_on_host else ():
+            parameter.data = parameter.data.cpu()
         streams = prompt_sources(config, self.schedule.students, examples, self.encoder)
         self.steps = StepRunner(config, self.branches, self.engine, streams)
         self._held_out = {
@@ -102,6 +101,7 @@ class Trainer:
             for number, branch in enumerate(config.branches)
         }
         self._probes = self._probe_requests()
+        self._angles = UpdateAngles(self.branches) if config.diagnostics.update_angle else None
         self._equal_steps_rows: list[dict[str, Any]] = []
         self._last_checkpoint: Path | None = None
         self._meter = GpuMeter()
@@ -124,15 +124,15 @@ class Trainer:
 
     def _train(self, baseline_rows: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
         run_folder.claim(self.run_dir, self.config)
-        done, first = self._resume(), 1
+        done, first = self._resume(), self.schedule.first_step
         with MetricsLog(self.run_dir, tensorboard=self.config.tensorboard, resume_step=done) as log:
             if done is None:
+                self._take_experts()
                 log.write(self._base_record())
             else:
                 first = done + 1
             self._started = time.perf_counter()
             bar = tqdm(
-                range(first, self.schedule.num_steps + 1),
                 desc=self.config.method,
                 initial=first - 1,
                 total=self.schedule.num_steps,
@@ -142,23 +142,31 @@ class Trainer:
                 mininterval=1.0,
             )
             checkpoint_s = 0.0
-            for step in bar:
+            step = first - 1
+            while step < self.schedule.num_steps:
+                step += 1
                 record = self.step(self.schedule.plan(step))
+                self.schedule.observe(step, (record["diagnostics"] or {}).get("pairs", ()))
+                bar.total = self.schedule.num_steps  # measurements may have changed it
                 # A checkpoint follows the log line of its step, or a kill between the two would lose the line for good;
                 # its time stands in the next line.
                 record["time_s"]["checkpoint"] = checkpoint_s
                 record["step_s"] += checkpoint_s
                 log.write(record)
-                bar.set_postfix_str(_progress(record))
+                bar.set_postfix_str(_progress(record), refresh=False)
+                bar.update()
                 if record["evaluate"]:
                     tqdm.write(_accuracy_line(self.config.method, record))
                 self._stop_if_diverged()
                 if step == self.schedule.equal_steps:
-                    self._equal_steps_rows = self._merged_rows(", equal steps")
+                    self._equal_steps_rows += self._merged_rows(EQUAL_STEPS)
+                if step == self.schedule.experts_step:
+                    self._equal_steps_rows += self._branch_rows("expert", EQUAL_STEPS)
                 begin = time.perf_counter()
                 if _due(step, self.config.checkpoint.every) or step == self.schedule.num_steps:
                     self._save(step)
                 checkpoint_s = time.perf_counter() - begin
+            bar.close()
         return self._finish(baseline_rows)
 
     def step(self, plan: StepPlan) -> dict[str, Any]:
@@ -175,12 +183,12 @@ class Trainer:
             "diagnostics": None,
             "evaluate": None,
         }
-        if _due(plan.step, self.config.diagnostics.every) or self._ends_phase(plan):
+        if _due(plan.step, self.config.diagnostics.every) or self.schedule.is_measured(plan.step):
             with timer("diagnostics"):
-                record["diagnostics"] = self._diagnose()
+                record["diagnostics"] = self._diagnose(plan.models)
         if _due(plan.step, self.config.eval.every):
             with timer("evaluate"):
-                record["evaluate"] = self._evaluate_branches(plan.step)
+                record["evaluate"] = self._evaluate_branches(plan)
         self.engine.sleep()  # what follows, a merge say, may want its memory
         record["time_s"] = timer.seconds
         record["step_s"] = time.perf_counter() - begin
@@ -197,25 +205,30 @@ class Trainer:
         prompts = [p for rows in self._held_out.values() for p in rows[: self.config.diagnostics.num_prompts]]
         return [RolloutRequest(p, derive_seed(self.config.seed, "probe", i), i) for i, p in enumerate(prompts)]
 
-    def _diagnose(self) -> dict[str, Any]:
-        return {
-            "pairs": compare_branches(
-                self.branches, self.engine, self._probes, self.steps.sampling, self.config.diagnostics.top_k
-            )
-        }
-
-    def _ends_phase(self, plan: StepPlan) -> bool:
-        """The last step of a phase is always diagnosed, so that each phase's whole change is seen."""
-        if plan.step == self.schedule.num_steps:
-            return True
-        following = self.schedule.plan(plan.step + 1)
-        return (following.cycle, following.phase) != (plan.cycle, plan.phase) and self.config.method == "copd"
+    def _diagnose(self, models: Sequence[str]) -> dict[str, Any]:
+        """Distances and angles between these models; ``base``: of each from the base."""
+        branches = {name: self.branches[name] for name in models}
+        base = self._model_of(self.base.full_parameters()) if self._base_on_host else self.base
+        settings = self.config.diagnostics
+        rows = compare_branches(branches, self.engine, self._probes, self.steps.sampling, settings.top_k, base)
+        start = self.base.full_parameters()
+        tasks = change_cosines(
+            {name: branch.full_parameters() for name, branch in branches.items()}, dict.fromkeys(branches, start)
+        )
+        updates = self._angles.cosines(branches) if self._angles else {}
+        pairs = [row for row in rows if row["teacher"] != BASE]
+        for row in pairs:
+            edge = str(row["student"]), str(row["teacher"])
+            row["task_cosine"] = tasks[edge]
+            if updates:
+                row["update_cosine"] = updates[edge]
+        return {"pairs": pairs, "base": [row for row in rows if row["teacher"] == BASE]}
 
     def _base_record(self) -> dict[str, Any]:
         """Step 0: all branches still equal the base."""
         first = next(iter(self.branches))
         accuracy = self._evaluate_one(self.engine, first, self.config.eval.num_prompts)[0]
-        diagnostics = self._diagnose()
+        diagnostics = self._diagnose(self.schedule.plan(self.schedule.first_step).models)
         self.engine.sleep()
         return {
             "step": 0,
@@ -226,14 +239,15 @@ class Trainer:
             "diagnostics": diagnostics,
             "evaluate": {name: accuracy_row(accuracy) for name in self.branches},
             "system": system_stats(),
+            "rollout_engine": self.engine.stats(),  # its start and what was measured here, which are no part of step 1
         }
 
-    def _evaluate_branches(self, step: int) -> dict[str, dict[str, float]]:
+    def _evaluate_branches(self, plan: StepPlan) -> dict[str, dict[str, float]]:
         rows = {}
-        for name in self.branches:
+        for name in plan.students:
             accuracies, samples = self._evaluate_one(self.engine, name, self.config.eval.num_prompts)
             rows[name] = accuracy_row(accuracies)
-            self._keep_samples(step, name, samples)
+            self._keep_samples(plan.step, name, samples)
         return rows
 
     def _evaluate_one(
@@ -255,12 +269,16 @@ class Trainer:
         state = {
             "streams": {"/".join(key): stream.state_dict() for key, stream in self.steps.streams.items()},
             "rollouts_drawn": dict(self.steps.rollouts_drawn),
+            "steps_taken": dict(self.steps.steps_taken),
+            "work": {name: asdict(work) for name, work in self.steps.work.items()},
+            "schedule": self.schedule.state_dict(),
             "equal_steps_rows": self._equal_steps_rows,
             "elapsed_s": self._elapsed(),
         }
         folder = self.run_dir / run_folder.CHECKPOINTS
         keep = self.config.checkpoint.keep
-        self._last_checkpoint = checkpoint.save_checkpoint(folder, step, self.branches, state, keep)
+        remembered = {"diagnosed": self._angles.tensors()} if self._angles else {}
+        self._last_checkpoint = checkpoint.save_checkpoint(folder, step, self.branches, state, keep, remembered)
 
     def _resume(self) -> int | None:
         """Restore the newest whole checkpoint and return its step; None for a run that starts anew."""
@@ -279,11 +297,27 @@ class Trainer:
         for key, stream in self.steps.streams.items():
             stream.load_state_dict(state["streams"]["/".join(key)])
         self.steps.rollouts_drawn.update(state["rollouts_drawn"])
+        self.steps.steps_taken.update(state["steps_taken"])
+        self.steps.work.update({name: Work(**work) for name, work in state["work"].items()})
+        self.schedule.load_state_dict(state["schedule"])
+        if self._angles:
+            self._angles.load_tensors(checkpoint.load_tensors(newest, "diagnosed"))
         self._equal_steps_rows = state["equal_steps_rows"]
         self._elapsed_before = state["elapsed_s"]
         self.steps.sync()
         run_folder.drop_later_samples(self.run_dir, step, self.branches)
         return step
+
+    def _take_experts(self) -> None:
+        """Experts of another run, with what their training took."""
+        if self._experts is None:
+            return
+        for name, row in self._experts.rows.items():
+            self.branches[name].start_from(self._experts.parameters(name, self.config))
+            self.steps.rollouts_drawn[name], self.steps.steps_taken[name] = row["rollouts"], row["steps"]
+            self.steps.work[name] = work_of(row)
+            self._equal_steps_rows.append({**row, "model": f"expert:{name}{EQUAL_STEPS}"})
+        self.steps.sync()
 
     def _stop_if_diverged(self) -> None:
         for name, branch in self.branches.items():
@@ -296,11 +330,9 @@ class Trainer:
     def _finish(self, baseline_rows: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
         """Evaluate, merge, save in Hugging Face format, write ``result.json``."""
         train_s = self._elapsed()
-        rows = [self._row("base", "base", self._model_of(self.base.full_parameters()), 0)]
-        if self.config.method != "mixed":
-            kind = "expert" if self.config.method == "expert" else "branch"
-            for name, branch in self.branches.items():
-                rows.append(self._row(f"{kind}:{name}", kind, branch.policy, self.steps.rollouts_drawn[name]))
+        rows = [self._row("base", "base", self._model_of(self.base.full_parameters()), [])]
+        if self.config.method in ("copd", "expert"):
+            rows += self._branch_rows("expert" if self.config.method == "expert" else "branch")
         rows += self._merged_rows()
         result = {
             "domains": list(self._held_out),
@@ -319,26 +351,38 @@ class Trainer:
         return result
 
     def _merged_rows(self, suffix: str = "") -> list[dict[str, Any]]:
-        """The row of the model that the run is for: the merge of its branches, or the one model of mixed RLVR."""
-        label, kind = MERGED_LABELS[self.config.method]
-        rollouts = sum(self.steps.rollouts_drawn.values())
+        """The row of the model that the run is for: the merge of its branches, or the one that everything went into."""
+        label, kind = final_model(self.config)
+        single = next((name for name in (MIXED, STUDENT) if name in self.branches), None)
+        if single is not None:
+            return [self._row(label + suffix, kind, self.branches[single].policy, self.branches)]
         if len(self.branches) == 1:
-            if self.config.method != "mixed":
-                return []
-            return [self._row(label + suffix, kind, self.branches[MIXED].policy, rollouts)]
-        merged = self._model_of(self.merged_parameters())
-        return [self._row(label + suffix, kind, merged, rollouts)]
+            return []
+        return [self._row(label + suffix, kind, self._model_of(self.merged_parameters()), self.branches)]
 
-    def _row(self, label: str, kind: str, policy: Policy, rollouts: int) -> dict[str, Any]:
-        """Evaluate a model, keep some samples, save it unless it is the base."""
+    def _branch_rows(self, kind: str, suffix: str = "") -> list[dict[str, Any]]:
+        """A row for each branch as it stands now."""
+        own = {name: branch for name, branch in self.branches.items() if name != STUDENT}
+        return [self._row(f"{kind}:{name}{suffix}", kind, branch.policy, [name]) for name, branch in own.items()]
+
+    def _row(self, label: str, kind: str, policy: Policy, made_of: Iterable[str]) -> dict[str, Any]:
+        """Evaluate a model, keep some samples, save it unless it is the base; ``made_of``: whose training it took."""
         engine = _evaluation_engine(self.config, label, policy, self.encoder)
         accuracies, samples = self._evaluate_one(engine, label, self.config.eval.final_num_prompts)
-        if label in dict(MERGED_LABELS.values()):
+        if label == final_model(self.config)[0]:
             self._keep_samples(self.schedule.num_steps, label, samples)
         run_folder.save_scores(self.run_dir, label, samples)
         if kind != "base":
             save_model(policy, self.encoder, self.run_dir / "models" / run_folder.file_name(label))
-        return result_row(label, kind, accuracies, rollouts)
+        names = list(made_of)
+        return result_row(
+            label,
+            kind,
+            accuracies,
+            rollouts=sum(self.steps.rollouts_drawn[name] for name in names),
+            steps=sum(self.steps.steps_taken[name] for name in names),
+            work=sum((self.steps.work[name] for name in names), Work()),
+        )
 
     def _model_of(self, tensors: Mapping[str, torch.Tensor]) -> Policy:
         """The plain model with these weights, by Hugging Face names, on the run's device."""

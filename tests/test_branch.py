@@ -277,7 +277,7 @@ def test_the_ratio_of_the_first_update_is_exactly_1(world, calls, budget, num_ba
 def test_the_second_update_has_ratios_clips_and_the_right_gradient(world, calls):
     branch = world.branch(objective={"updates_per_step": 2}, lr=0.02)
     samples = world.samples()
-    parts = branch_module._split_groups(samples, 2)
+    parts = branch_module.split_groups(samples, 2)
     before: list[Any] = []
     branch.optimizer.register_step_pre_hook(lambda *_: before.append(branch.policy.clone()))
     seen, metrics = updates(branch, samples)
@@ -322,7 +322,7 @@ def test_the_second_update_has_ratios_clips_and_the_right_gradient(world, calls)
 def test_updates_split_by_whole_groups(world):
     samples = world.samples()
     for parts in (1, 2, 3, 50):
-        split = branch_module._split_groups(samples, parts)
+        split = branch_module.split_groups(samples, parts)
         assert sorted(id(s) for part in split for s in part) == sorted(map(id, samples))
         assert all(split)
         for left, right in itertools.combinations(split, 2):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from copd_engine.branch import Branch, _split_groups
+from copd_engine.branch import Branch, split_groups
 from copd_engine.config import ObjectiveConfig, OptimConfig
 from copd_engine.objectives import TrainSample
 from copd_engine.types import Rollout
@@ -48,7 +48,7 @@ def second_update(world: World, **objective: Any) -> tuple[Gradients, dict[str, 
     before: list[Any] = []
     branch.optimizer.register_step_pre_hook(lambda *_: before.append(branch.policy.clone()))
     seen, metrics = updates(branch, samples)
-    later = [replace(s, token_weight=2 * s.token_weight) for s in _split_groups(samples, 2)[1]]
+    later = [replace(s, token_weight=2 * s.token_weight) for s in split_groups(samples, 2)[1]]
     return seen[1], metrics, later, Truth(world, before[1], world.policies["student"])
 
 
@@ -262,7 +262,7 @@ def test_the_control_variate_adds_the_old_policys_exact_kl_to_the_advantage(worl
     before: list[Any] = []
     branch.optimizer.register_step_pre_hook(lambda *_: before.append(branch.policy.clone()))
     seen, metrics = updates(branch, samples)
-    part = [replace(s, token_weight=num_updates * s.token_weight) for s in _split_groups(samples, num_updates)[-1]]
+    part = [replace(s, token_weight=num_updates * s.token_weight) for s in split_groups(samples, num_updates)[-1]]
     truth = Truth(world, before[-1], world.policies["student"])
     means: list[torch.Tensor] = []
 

@@ -8,7 +8,7 @@ the same schedule. ``docs/methods.md`` describes them all.
 from copd_engine.algorithms.plan import MIXED, STUDENT, Assignment, StepPlan
 from copd_engine.algorithms.schedule import Schedule
 from copd_engine.algorithms.shares import split_evenly, teachers_of
-from copd_engine.algorithms.static import distillation_edges
+from copd_engine.algorithms.static import betas_of, distillation_edges, final_model
 
 __all__ = [
     "MIXED",
@@ -16,7 +16,9 @@ __all__ = [
     "Assignment",
     "Schedule",
     "StepPlan",
+    "betas_of",
     "distillation_edges",
+    "final_model",
     "split_evenly",
     "teachers_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copd_engine.algorithms.plan import STUDENT, Assignment, StepPlan
+from copd_engine.algorithms.plan import MIXED, STUDENT, Assignment, StepPlan
 from copd_engine.algorithms.shares import copd_prompts, copd_steps, cross, num_prompts, rl_assignments
 from copd_engine.algorithms.steps import Steps
 from copd_engine.config import RunConfig
@@ -64,3 +64,32 @@ class StaticSteps(Steps):
         count = num_prompts(self.config, self.section.native_share)
         own = [Assignment(STUDENT, self.start, count)] if count else []
         return (*own, *cross(self.config, STUDENT, self.teachers, turn))
+
+
+def betas_of(config: RunConfig) -> dict[str, float]:
+    """beta of every model: a branch's own; a student has that of the branch it starts as, and the mean of all where it
+    starts as the base."""
+    betas = {branch.name: branch.beta for branch in config.branches}
+    betas[MIXED] = 1.0
+    if config.method in ("static_opd", "mopd"):
+        start, _ = distillation_edges(config)
+        own = [betas[start]] if start != BASE else [branch.beta for branch in config.branches]
+        betas[STUDENT] = sum(own) / len(own)
+    return betas
+
+
+def final_model(config: RunConfig) -> tuple[str, str]:
+    """Label and kind, in the result's table, of the model that a method ends with."""
+    if config.method == "static_opd":
+        student, (teacher,) = distillation_edges(config)
+        return f"static OPD {teacher}→{student}", "baseline"
+    if config.method == "mopd":
+        student, teachers = distillation_edges(config)
+        others = [name for name in config.branch_names if name != student]
+        label = "MOPD" if list(teachers) == others else f"MOPD {'+'.join(teachers)}"
+        return label + (f"→{student}" if student != BASE else ""), "baseline"
+    return {
+        "copd": ("merged", "merged"),
+        "expert": ("average of experts", "baseline"),
+        "mixed": ("mixed RLVR", "baseline"),
+    }[config.method]

@@ -1,0 +1,85 @@
+"""Experts of a finished run, for methods that only need them as they came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from copd_engine import run_folder
+from copd_engine.algorithms import STUDENT, Schedule
+from copd_engine.config import RunConfig, load_config
+from copd_engine.models.loading import load_model
+from copd_engine.types import UserError
+
+#: What follows an expert's label in the result where it has taken as many steps as CoPD's branches and goes on.
+EQUAL_STEPS = ", equal steps"
+
+
+@dataclass(frozen=True)
+class FinishedExperts:
+    """By the expert's name: its model's folder, and its row of the result, which says what its training took."""
+
+    folders: dict[str, Path]
+    rows: dict[str, dict[str, Any]]
+
+    def parameters(self, name: str, config: RunConfig) -> dict[str, torch.nn.Parameter]:
+        """What is trained of the expert's model."""
+        model = config.model.model_copy(update={"path": str(self.folders[name])})
+        return load_model(model, config.media, config.device)[0].named_parameters()
+
+
+def finished_experts(folder: Path, config: RunConfig, names: Sequence[str]) -> FinishedExperts:
+    """The experts ``names`` of the run in ``folder`` where they had taken as many steps as CoPD would take.
+
+    Raises UserError unless the run is a finished one of ``method: expert`` in which they were trained as this
+    ``config`` (resolved) would train them.
+    """
+    where = f"{config.method}.experts = {folder}"
+    if config.model.lora is not None:
+        raise UserError(f"{where}: under model.lora a finished run has no adapters to go on with; leave it out")
+    if not (folder / run_folder.CONFIG).is_file():
+        raise UserError(f"{where}: not a run folder (no {run_folder.CONFIG})")
+    found = load_config(folder / run_folder.CONFIG)
+    if found.method != "expert":
+        baseline = folder / "baselines" / "expert"
+        hint = f"; its experts are in {baseline}" if baseline.is_dir() else ""
+        raise UserError(f"{where}: holds a run of method {found.method!r}, not 'expert'{hint}")
+    difference = run_folder.difference(_what_makes_experts(found), _what_makes_experts(config))
+    if difference:
+        raise UserError(f"{where}: its experts are not those of this config ({difference})")
+    if not (folder / run_folder.RESULT).is_file():
+        raise UserError(f"{where}: the run is not finished (no {run_folder.RESULT})")
+    rows = {row["model"]: row for row in json.loads((folder / run_folder.RESULT).read_text())["rows"]}
+    folders, of_expert = {}, {}
+    for name in names:
+        label = next(label for label in (f"expert:{name}{EQUAL_STEPS}", f"expert:{name}") if label in rows)
+        folders[name] = folder / "models" / run_folder.file_name(label)
+        if not folders[name].is_dir():
+            raise UserError(f"{where}: {folders[name]} is missing")
+        if "train_flops" not in rows[label]:
+            raise UserError(f"{where}: {run_folder.RESULT} does not say what training took; it is of an older version")
+        of_expert[name] = rows[label]
+    return FinishedExperts(folders, of_expert)
+
+
+def _what_makes_experts(config: RunConfig) -> dict[str, Any]:
+    """What decides the weights of single experts after as many steps as CoPD takes."""
+    schedule = config.schedule
+    return {
+        **config.model_dump(mode="json", include={"seed", "model", "media", "rollout", "objective", "optim"}),
+        "branches": [branch.model_dump(mode="json", exclude={"beta"}) for branch in config.branches],
+        "schedule": {"steps": schedule.cycles * (schedule.rl_steps + schedule.opd_steps)},
+    }
+
+
+def experts_of(config: RunConfig, schedule: Schedule) -> FinishedExperts | None:
+    """The experts that the config takes from another run; None where it trains its own."""
+    section = {"static_opd": config.static_opd, "mopd": config.mopd}.get(config.method)
+    if section is None or section.experts is None:
+        return None
+    return finished_experts(section.experts, config, [name for name in schedule.students if name != STUDENT])
