@@ -14,7 +14,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
                     "evaluate": s, "checkpoint": s},   # of the checkpoint that followed the line before
          "branches": {"text": {
              "version": 13, "loss": x, "grad_norm": x, "lr": x, "skipped": false, "num_tokens": n, "entropy": x,
-             "clip_fraction": x, "ratio_mean": x, "mismatch_mean": x, "mismatch_max": x,
+             "clip_fraction": x, "ratio_mean": x, "mismatch_mean": x, "mismatch_max": x, "mismatch_kl": x,
              "terms": {"grpo": {"loss": x, "num_tokens": n, "num_responses": n},
                        "opd:image": {"loss": x, "num_tokens": n, "num_responses": n, "delta_mean": x,
                                      "reverse_kl": x}},              # opd:<teacher>
@@ -22,6 +22,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
                                   "truncated_fraction": x, "zero_variance_groups": n, "num_groups": n,
                                   "too_long_truncated": n, "too_long_dropped": n,     # by optim.too_long
                                   "requests_lost": n,  # by the rollout engine
+                                  "num_resampled_groups": n,  # by objective.dynamic_sampling
                                   "prompts_skipped": n}}}},  # since the start; by domain of the prompts
          "diagnostics": null | {"pairs": [           # ordered pairs, measured after the step's update
              {"student": "text", "teacher": "image", "overlap": x, "sum_min": x, "kl_student_teacher": x,
@@ -36,6 +37,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
          "rollout_engine": {...},                 # RolloutEngine.stats() of the step: counts, bytes, seconds
          "verifier_failures": {"timeouts": n, "out_of_memory": n, "crashes": n}}     # scored 0, in this step
 
+    Other objectives than the paper's write more (``docs/objectives.md``).
     Any value may be missing or null (a skipped step has no loss); NaN and infinity are written as null. A line with
     ``"step": 0, "phase": "base"`` may open the file, with "evaluate" and "diagnostics" of the base alone.
 ``samples.jsonl``

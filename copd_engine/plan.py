@@ -142,7 +142,11 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
     resident = _resident(sizes, num_experts)
     processes = 2 if engine == "sglang" else 1
     reserve = Item("CUDA, fragmentation", reserve_bytes(gpu_bytes, processes), False)
-    training = (*_training(sizes, itemsize, num_tokens, activations, config.model.gradient_checkpointing), reserve)
+    training = (
+        *_training(sizes, itemsize, num_tokens, activations, config.model.gradient_checkpointing),
+        *_teacher_heads(config, sizes, itemsize),
+        reserve,
+    )
     shards = rollout.tensor_parallel if engine == "sglang" else 1
     kv_bytes = sizes.kv_bytes_per_token(itemsize) // min(shards, sizes.num_kv_heads)
     longest = (
@@ -219,6 +223,15 @@ def _training(
         Item("activations", kept, False, f"{num_tokens:,} tokens, {how}"),
         Item("lm_head kernels", lm_head_bytes(sizes, itemsize), False, head),
     )
+
+
+def _teacher_heads(config: RunConfig, sizes: ModelSizes, itemsize: int) -> tuple[Item, ...]:
+    """Copies for a distillation signal over the vocabulary; heads that are not trained need none."""
+    teachers = {teacher for of_student in Schedule(config).teachers.values() for teacher in of_student}
+    if config.distillation.signal == "sampled" or not sizes.trains_lm_head or not teachers:
+        return ()
+    num_bytes = len(teachers) * sizes.lm_head_parameters * itemsize
+    return (Item("teachers' heads", num_bytes, True, f"{len(teachers)} x as of a step's start, in phase II"),)
 
 
 def _engine_copies(

@@ -101,6 +101,20 @@ def test_parameters_of_the_testbed_by_hand() -> None:
     assert (lora.adapter_parameters, lora.trained_parameters, lora.num_adapters) == (adapters, adapters, 28)
 
 
+def test_teachers_heads_are_copied_for_signals_over_the_vocabulary() -> None:
+    """Three branches around a hub all teach; the head is 384 x 64, tied and trained, or frozen under LoRA."""
+    full = {"distillation": {"signal": "full"}, "model": {"dtype": "bfloat16"}}
+    plan = plan_mode(run_config(3, **full), GPU)
+    assert item(plan, "training", "teachers' heads").num_bytes == 3 * 384 * 64 * 2
+    ring = plan_mode(run_config(3, schedule={"topology": [["text", "image"]]}, **full), GPU)
+    assert item(ring, "training", "teachers' heads").num_bytes == 384 * 64 * 2
+    plain = plan_mode(run_config(3, model={"dtype": "bfloat16"}), GPU)
+    assert plan.peaks["training"] - plain.peaks["training"] == 3 * 384 * 64 * 2
+    lora = plan_mode(run_config(3, distillation={"signal": "full"}, model={"lora": {}}), GPU)
+    for without in (plain, lora, plan_mode(run_config(3, method="expert", **full), GPU)):
+        assert "teachers' heads" not in sizes(without, "training")
+
+
 def test_full_parameter_plan_of_the_testbed_by_hand() -> None:
     """bf16, two experts, everything trained."""
     n = TEXT + VISION
