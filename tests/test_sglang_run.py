@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from copd_engine.config import build_config
 from copd_engine.metrics import read_metrics
+from copd_engine.step import Timer
+from copd_engine.trainer import Trainer
 from tests import sglang_setup
 from tests.small_run import small_config, write_base, write_config, write_data
 
@@ -63,3 +66,32 @@ def test_a_run_with_each_engine(material, tmp_path, engine, model):
     assert all(branch["version"] > 0 for branch in rows[-1]["branches"].values())
     result = json.loads((run_dir / "result.json").read_text())
     assert {row["model"] for row in result["rows"]} >= {"base", "branch:text", "merged"}
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "adapters"])
+def test_what_a_step_asks_of_the_engine(material, tmp_path, monkeypatch, lora):
+    """Native and cross batches of all students: each swapped in once, or with adapters in one running batch."""
+    config = small_config(*material, tmp_path, rollout={"engine": "sglang", "max_running": 64}, model={"lora": lora})
+    trainer = Trainer(build_config(config), tmp_path / "run")
+    try:
+        calls, host = [], trainer.engine._host
+        generate = host.generate
+        monkeypatch.setattr(host, "generate", lambda jobs, timeout_s: calls.append(jobs) or generate(jobs, timeout_s))
+        plan = trainer.schedule.plan(3)
+        assert plan.phase == "opd"
+        for _ in range(2):
+            calls.clear()
+            trainer.steps.run(plan, Timer())
+            asked = 4 * sum(assignment.num_prompts for assignment in plan.assignments)
+            assert sum(map(len, calls)) == asked
+            stats = trainer.engine.stats()
+            assert stats["num_swaps"] == len(trainer.branches) == 3
+            if lora is None:
+                assert len(calls) == 3
+                assert stats["swap_bytes"] >= 3 * sum(p.nbytes for p in trainer.branches["text"].parameters.values())
+            else:
+                assert len(calls) == 1
+                assert len({job.lora for job in calls[0]}) == 3
+            assert trainer.engine._asleep
+    finally:
+        trainer.engine.close()

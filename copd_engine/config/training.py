@@ -81,7 +81,7 @@ class OptimConfig(Section):
     (``drop``) or stops the run (``error``). Packed rows are padded to a multiple of ``pad_to_multiple_of`` tokens.
 
     ``offload``: fp32 masters and AdamW's moments of the branches are in pinned host memory, and on the GPU only while
-    their branch is updated; so are the base's weights that are trained, which only the merge and the end need.
+    their branch is updated. A 16-bit base waits in host memory too, unless ``objective.kl`` needs it.
     """
 
     lr: PositiveFloat = 1e-6
