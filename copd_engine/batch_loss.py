@@ -211,7 +211,9 @@ class BatchLoss:
                         "reference_logp_T": reference_logp_N,
                         "kl_weight_T": kl_weight_N * micro.weights * correction_N,
                     }
-        logp_N = self.logp(hidden_ND, batch.target_N) if micro.has_moved else old.logp_N
+        logp_N = old.logp_N
+        if micro.has_moved and not objective.has_paper_surrogate:
+            logp_N = self.logp(hidden_ND, batch.target_N)
         surrogate = as_clipped_surrogate(logp_N, old.logp_N, micro.lengths, objective)
         arguments |= {
             "clip_low": objective.clip_low,

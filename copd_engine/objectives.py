@@ -144,7 +144,7 @@ def as_clipped_surrogate(
     sequence: against logp - log s_i the ratio is s_i = exp(mean_t(logp - old)) at every token of response i, and the
     gradient -w s_i A that of GSPO's token form (arXiv 2507.18071, section 4.3; for one advantage per response it is
     GSPO). cispo: against logp the ratio is 1, and -w clip(rho) A is left of the gradient. ``logp_N`` and the result
-    carry no gradient.
+    carry no gradient; ``logp_N`` is not read where ``config.has_paper_surrogate``.
     """
     if config.ratio_level == "sequence":
         means = [gap_n.mean().expand(len(gap_n)) for gap_n in (logp_N - old_logp_N).split(list(lengths))]

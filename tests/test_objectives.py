@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copd_engine.objectives import TrainSample, grpo_advantages, token_weight
+from copd_engine.config import ImportanceCorrectionConfig, ObjectiveConfig
+from copd_engine.objectives import (
+    TrainSample,
+    as_clipped_surrogate,
+    grpo_advantages,
+    importance_correction,
+    token_weight,
+)
 from copd_engine.types import EncodedPrompt, Example, Rollout, RolloutRequest
 
 PROMPT = EncodedPrompt(
@@ -91,3 +98,35 @@ def test_opd_adv_estimates_minus_the_reverse_kl():
 def test_weights_of_a_term_sum_to_the_terms_weight(lengths, weight):
     total = sum(token_weight(weight, len(lengths), num_tokens) * num_tokens for num_tokens in lengths)
     assert total == pytest.approx(weight)
+
+
+log_ratios = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=9)
+
+
+@given(log_ratios, st.floats(1, 50))
+def test_importance_weights_are_ratios_and_the_cap_says_which_are_not(log_ratio, cap):
+    ratios = [float(np.exp(np.float64(x))) for x in log_ratio]
+    # A ratio at a bound may fall on either side in fp32.
+    near = [min(abs(r - cap), abs(r - 1 / cap)) < 1e-4 * r for r in ratios]
+    for mode in ("truncate", "mask"):
+        weights_N, capped_N = importance_correction(
+            torch.tensor(log_ratio), ImportanceCorrectionConfig(mode=mode, cap=cap)
+        )
+        for ratio, weight, is_capped, at_bound in zip(ratios, weights_N.tolist(), capped_N.tolist(), near, strict=True):
+            if at_bound:
+                continue
+            expected = min(ratio, cap) if mode == "truncate" else ratio * (1 / cap <= ratio <= cap)
+            assert weight == pytest.approx(expected, rel=1e-5)
+            assert is_capped == (ratio > cap or (mode == "mask" and ratio < 1 / cap))
+
+
+@given(st.lists(log_ratios, min_size=1, max_size=4))
+def test_the_sequence_ratio_is_the_geometric_mean_of_its_own_response(log_ratio):
+    old_N = torch.linspace(-3, -0.1, sum(map(len, log_ratio)))
+    logp_N = old_N + torch.tensor([x for response in log_ratio for x in response])
+    config = ObjectiveConfig(ratio_level="sequence")
+    surrogate = as_clipped_surrogate(logp_N, old_N, [len(response) for response in log_ratio], config)
+    means = [np.mean(response) for response in log_ratio for _ in response]
+    assert (logp_N - surrogate.old_logp_N).tolist() == pytest.approx(means, abs=1e-5)
+    # Nothing has moved: exactly 1.
+    assert torch.equal(as_clipped_surrogate(old_N, old_N, [len(old_N)], config).old_logp_N, old_N)

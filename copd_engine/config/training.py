@@ -72,6 +72,11 @@ class ObjectiveConfig(Section):
     importance_correction: ImportanceCorrectionConfig = ImportanceCorrectionConfig()
     kl: ReferenceKlConfig = ReferenceKlConfig()
 
+    @property
+    def has_paper_surrogate(self) -> bool:
+        """(SURROGATE) as it stands: the kernel needs no log-probs beforehand to compute it."""
+        return self.surrogate == "clip" and self.ratio_level == "token"
+
 
 class OptimConfig(Section):
     """AdamW, constant learning rate.
