@@ -95,7 +95,7 @@ def math_vista(folder: Path) -> Path:
                 **row,
                 "pid": "2",
                 "choices": ["B", "3"],
-                "answer": "3",
+                "answer": "B",
                 "question_type": "multi_choice",
                 "answer_type": "text",
                 "unit": None,
@@ -114,7 +114,7 @@ CASES["mathvista"] = Case(
     "1",
     (r"\boxed{1.2}", r"\boxed{1.24 \text{ cm}}", "The answer is 1.2 cm."),
     (r"\boxed{1.3}", r"\boxed{12}"),
-    (r"\boxed{B}", r"\boxed{A}"),
+    (r"\boxed{A}", r"\boxed{B}"),
     num_images=1,
     group="float",
 )

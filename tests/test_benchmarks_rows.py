@@ -130,7 +130,7 @@ def test_vision_rows_of_mmmu_pro_show_no_options(tmp_path: Path):
 
 def test_golds_of_mathvista(tmp_path: Path):
     _, choice, whole, several = read("mathvista", math_vista(tmp_path))
-    assert choice.answer == "B"  # the option "3", not the option that is called B
+    assert choice.answer == "A"  # the option whose text is B, not the option that is called B
     assert whole.prompt.startswith("How long is it?\nThe answer is an integer.")
     assert verify_all([(r"\boxed{7}", whole), (r"\boxed{7.4}", whole)]) == [1.0, 0.0]
     assert verify_all([(r"\boxed{[0, 2]}", several), (r"\boxed{[2, 0]}", several)]) == [1.0, 0.0]

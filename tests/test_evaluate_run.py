@@ -70,7 +70,7 @@ def test_every_output_is_kept_and_scored(evaluate: Callable[..., Ended], aime: s
     assert numbers["pass"]["4"]["value"] == pytest.approx(len(solved) / 6)
     assert result["averages"]["text"] == numbers["mean"]
     assert result["command"].startswith("copd eval base num_threads=1 --data aime_2024=")
-    assert {"date", "machine", "versions", "settings", "model"} <= result.keys()
+    assert {"date", "machine", "device", "versions", "settings", "model"} <= result.keys()
     assert Path("out/table.md").read_text() in ended.out
     assert "| model | AIME 2024 |" in ended.out
     assert ended.out.endswith("outputs: out\n")
@@ -115,6 +115,7 @@ def test_a_stop_in_between_leaves_what_was_drawn(
 
     def stops(self: EmbeddedEngine, *arguments: Any) -> Any:
         for number, group in enumerate(groups(self, *arguments)):
+            assert len(lines("out")) == 2 * number  # on disk while the others are drawn
             if number == 4:
                 raise KeyboardInterrupt
             yield group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def evaluate_model(
         "command": command,
         "date": today(),
         "machine": machine(),
-        "versions": versions(),
+        "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else config.device,
+        "versions": versions() | ({"sglang": version("sglang")} if config.rollout.engine == "sglang" else {}),
         "settings": settings,
         "num_samples": num_samples,
         "sources": remembered,

@@ -46,7 +46,8 @@ def _overview(models: Scores, seed: int) -> str:
         lines.append([model, *cells])
     counts = {score.rewards_PG.shape[1] for scores in models.values() for score in scores}
     note = f"mean@{'/'.join(map(str, sorted(counts)))} in % (95 % bootstrap interval over prompts)"
-    return f"{_table(lines)}\n\n{note}; overall is the mean over the benchmarks."
+    note += "; overall is the mean over the benchmarks." if columns[-1][1] == "overall" else "."
+    return f"{_table(lines)}\n\n{note}"
 
 
 def _columns(models: Scores) -> list[tuple[str, str, str]]:

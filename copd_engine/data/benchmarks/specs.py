@@ -71,9 +71,8 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         "mathvista": Benchmark(
             title="MathVista",
             domain="image",
-            columns=_columns(
-                "pid", "question", "image", "choices", "answer", "question_type", "answer_type", "precision"
-            ),
+            columns=_columns("pid", "question", "choices", "answer", "question_type", "answer_type", "precision")
+            | {"image": ("decoded_image",)},
             read=image_rows.math_vista,
             uid=("pid",),
             group="answer_type",
@@ -81,7 +80,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         "mathvision": Benchmark(
             title="MathVision",
             domain="image",
-            columns=_columns("id", "question", "options", "image", "answer"),
+            columns=_columns("id", "question", "options", "answer") | {"image": ("decoded_image",)},
             read=image_rows.math_vision,
             uid=("id",),
             group="subject",
