@@ -10,8 +10,10 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
         {"step": 12,                      # 1-based
          "cycle": 1, "phase": "rl",       # "rl" (phase I) or "opd" (phase II)
          "elapsed_s": 33.1, "step_s": 0.61,
-         "time_s": {"rollout": s, "verify": s, "teacher": s, "update": s, "sync": s, "diagnostics": s,
-                    "evaluate": s, "checkpoint": s},   # of the checkpoint that followed the line before
+         "time_s": {"rollout": s,     # from the prompts to the last group, verifiers of this process among it
+                    "verify": s,      # what was left to wait for worker processes, which score beside the sampling
+                    "teacher": s, "update": s, "sync": s, "diagnostics": s, "evaluate": s,
+                    "checkpoint": s},                # of the checkpoint that followed the line before
          "branches": {"text": {
              "version": 13, "loss": x, "grad_norm": x, "lr": x, "skipped": false, "num_tokens": n, "entropy": x,
              "clip_fraction": x, "ratio_mean": x, "mismatch_mean": x, "mismatch_max": x, "mismatch_kl": x,
@@ -19,14 +21,19 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
                        "opd:image": {"loss": x, "num_tokens": n, "num_responses": n, "delta_mean": x,
                                      "reverse_kl": x}},              # opd:<teacher>
              "rollout": {"text": {"reward_mean": x, "reward_terms": {"verifier": x}, "response_tokens_mean": x,
-                                  "truncated_fraction": x, "zero_variance_groups": n, "num_groups": n,
+                                  "response_tokens_max": n, "truncated_fraction": x, "reward_std_mean": x,  # in groups
+                                  "all_right_fraction": x, "all_wrong_fraction": x,   # of the groups
+                                  "zero_variance_groups": n, "num_groups": n, "beta": x,    # beta of a cross batch
                                   "too_long_truncated": n, "too_long_dropped": n,     # by optim.too_long
                                   "requests_lost": n,  # by the rollout engine
                                   "num_resampled_groups": n,  # by objective.dynamic_sampling
-                                  "prompts_skipped": n}}}},  # since the start; by domain of the prompts
+                                  "prompts_skipped": n}},    # since the start; by domain of the prompts
+             "work": {"prefilled_tokens": n, "generated_tokens": n, "scored_tokens": n, "trained_tokens": n,
+                      "flops": n}}},              # of this step, see flops.py
          "diagnostics": null | {"pairs": [           # ordered pairs, measured after the step's update
              {"student": "text", "teacher": "image", "overlap": x, "sum_min": x, "kl_student_teacher": x,
-              "kl_teacher_student": x, "symmetric_kl": x}]},
+              "kl_teacher_student": x, "symmetric_kl": x, "task_cosine": x, "update_cosine": x}],
+             "base": [...]},                         # the same of each model against the base, without the cosines
          "evaluate": null | {"text": {"text": x, "image": x, "average": x}},          # branch -> domain -> accuracy
          "system": {"rss_bytes": n,
                     "gpu": null | [{"memory_used_bytes": n, "memory_total_bytes": n, "utilization_percent": x,
@@ -45,9 +52,10 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
     "media": ["media/abc.png"]}``; paths are relative to the run folder, a video is stored as a filmstrip.
 ``result.json``
     Written once, at the end: ``{"domains": [s], "rows": [{"model": s, "kind": "base|expert|baseline|branch|merged",
-    "accuracy": {domain: x, "average": x}, "stderr": {...}, "num_prompts": n per domain, "rollouts": n}], "command": s,
-    "machine": s, "date": "2026-11-23", "versions": {package: version}, "train_s": x, "peak_rss_bytes": n, "seed": n,
-    "method": s}``.
+    "accuracy": {domain: x, "average": x}, "stderr": {...}, "num_prompts": n per domain, "rollouts": n, "steps": n,
+    "train_flops": n, "train_tokens": {"prefilled": n, "generated": n, "scored": n, "trained": n}}],
+    "command": s, "machine": s, "date": "2026-11-23", "versions": {package: version}, "train_s": x, "peak_rss_bytes": n,
+    "seed": n, "method": s, "num_steps": n}``. Steps, rollouts and FLOPs are those of all models that a row is made of.
 ``scores/<model>.json``
     ``{domain: [score of each held-out prompt]}`` of every model of the result, for paired comparisons.
 ``baselines/<method>/``

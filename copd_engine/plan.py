@@ -16,8 +16,11 @@ from copd_engine.models.cache import pages_of
 from copd_engine.models.decode_layout import GPU_CALL_BYTES, PAGE
 from copd_engine.models.meta import ModelSizes, model_sizes
 from copd_engine.plan_estimates import CONTEXT_BYTES, activation_bytes, lm_head_bytes, reserve_bytes
-from copd_engine.plan_moves import Moves, step_moves
+from copd_engine.plan_moves import Moves, state_bytes, step_moves
 from copd_engine.types import UserError
+
+#: The item of ``training`` that ``optim.offload`` brings.
+UPDATED = "masters and moments of one expert"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Room:
 class ModePlan:
     """Full-parameter or LoRA training of K experts on one GPU of ``gpu_bytes``.
 
-    ``resident``: from the first update to the end. Each of ``training``, ``rollout`` and ``end`` stands beside it in
+    ``resident``: from the first update to the end; ``offloaded_bytes`` of ``optim.offload`` are in host memory instead.
+    Each of ``training``, ``rollout`` and ``end`` stands beside it in
     its phase. ``room`` with the engine asleep while the trainer works, as the code has it; ``room_without_sleep`` if it
     were not. ``host_bytes_asleep``: of the engine's weights, in host memory meanwhile.
     """
@@ -65,6 +69,7 @@ class ModePlan:
     room: Room
     room_without_sleep: Room
     host_bytes_asleep: int
+    offloaded_bytes: int
     moves: Moves
 
     @property
@@ -83,7 +88,7 @@ class ModePlan:
 
     def sharded_bytes(self, num_gpus: int) -> int:
         """Peak of training per GPU if weights, masters, gradients and moments were split evenly."""
-        whole = ("gradient sums", *(item.name for item in self.resident))
+        whole = ("gradient sums", UPDATED, *(item.name for item in self.resident))
         parts = [i.num_bytes // num_gpus if i.name in whole else i.num_bytes for i in (*self.resident, *self.training)]
         return sum(parts)
 
@@ -139,7 +144,8 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
         name: activation_bytes(sizes, itemsize, num_tokens, rollout.max_prompt_tokens, recompute)
         for name, recompute in (("kept", False), ("checkpointed", True))
     }
-    resident = _resident(sizes, num_experts)
+    base_on_host = _base_bytes_on_host(config, sizes)
+    resident = _resident(config, sizes, num_experts, base_on_host)
     processes = 2 if engine == "sglang" else 1
     reserve = Item("CUDA, fragmentation", reserve_bytes(gpu_bytes, processes), False)
     training = (
@@ -147,6 +153,8 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
         *_teacher_heads(config, sizes, itemsize),
         reserve,
     )
+    if config.optim.offload:
+        training = (Item(UPDATED, state_bytes(sizes), True, "in host memory between updates"), *training)
     shards = rollout.tensor_parallel if engine == "sglang" else 1
     kv_bytes = sizes.kv_bytes_per_token(itemsize) // min(shards, sizes.num_kv_heads)
     longest = (
@@ -155,6 +163,8 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
         else PAGE * (pages_of(rollout.max_prompt_tokens) + pages_of(sample - rollout.max_prompt_tokens - 1))
     )
     copies = _engine_copies(config, sizes, itemsize, num_experts, engine)
+    if base_on_host:
+        copies = (*copies, Item("base model, for diagnostics", base_on_host, True, "from host memory"))
     free = gpu_bytes - total(resident) - reserve.num_bytes - total(copies)
     cache_limit = _cache_limit(config, gpu_bytes, resident, total(copies[:1]), kv_bytes, engine)
     room = _room(min(free, cache_limit), kv_bytes, longest, rollout.max_running)
@@ -187,14 +197,21 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
         room=room,
         room_without_sleep=_room(min(beside, cache_limit), kv_bytes, longest, rollout.max_running),
         host_bytes_asleep=host,
+        offloaded_bytes=base_on_host + num_experts * state_bytes(sizes) * config.optim.offload,
         moves=step_moves(config, sizes, num_experts, engine, host),
     )
 
 
-def _resident(sizes: ModelSizes, num_experts: int) -> tuple[Item, ...]:
-    base = sizes.weight_bytes + 4 * sizes.adapter_parameters
-    # torch.optim.AdamW: two fp32 moments per parameter, and a step count per tensor.
-    moments = 8 * sizes.trained_parameters + 4 * sizes.trained_tensors
+def _base_bytes_on_host(config: RunConfig, sizes: ModelSizes) -> int:
+    """Of the base model: what is trained of it waits with the masters, if there are any (``trainer.py``)."""
+    waits = config.optim.offload and sizes.master_bytes and not config.objective.kl.weight
+    return sizes.trained_bytes if waits else 0
+
+
+def _resident(config: RunConfig, sizes: ModelSizes, num_experts: int, base_on_host: int) -> tuple[Item, ...]:
+    base = sizes.weight_bytes + 4 * sizes.adapter_parameters - base_on_host
+    held = 0 if config.optim.offload else num_experts
+    moments = state_bytes(sizes) - sizes.master_bytes
     shared = "; shared by the experts" if sizes.num_adapters else ""
     own = "" if sizes.master_bytes else "what is trained is fp32 already"
     return (
@@ -205,8 +222,8 @@ def _resident(sizes: ModelSizes, num_experts: int) -> tuple[Item, ...]:
             True,
             f"{num_experts} x what is trained; teachers too",
         ),
-        Item("fp32 masters", num_experts * sizes.master_bytes, True, own),
-        Item("AdamW moments", num_experts * moments, True, "fp32, from the first update on"),
+        Item("fp32 masters", held * sizes.master_bytes, True, own),
+        Item("AdamW moments", held * moments, True, "fp32, from the first update on"),
     )
 
 

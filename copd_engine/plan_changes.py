@@ -48,7 +48,7 @@ def _options(config: RunConfig) -> list[list[Option]]:
     """
     rollout, optim, model = config.rollout, config.optim, config.model
     nothing: Option = (0.0, {})
-    kinds = [[nothing] for _ in range(6)]
+    kinds = [[nothing] for _ in range(7)]
     if not model.gradient_checkpointing:
         kinds[0].append((1.0, {"model.gradient_checkpointing": True}))
     for n in range(1, HALVINGS + 1):
@@ -63,6 +63,8 @@ def _options(config: RunConfig) -> list[list[Option]]:
         kinds[3].append((3.0, {"model.dtype": "bfloat16"}))
     if not model.freeze_vision and model.lora is None and sizes_of(config.model).vision is not None:
         kinds[4].append((3.5, {"model.freeze_vision": True}))
+    if not optim.offload:
+        kinds[6].append((1.2, {"optim.offload": True}))
     if model.lora is None:
         kinds[5].append((6.0, {"model.lora": LoraConfig()}))
     return kinds

@@ -10,7 +10,8 @@ from copd_engine.models.meta import ModelSizes
 
 @dataclass(frozen=True)
 class Moves:
-    """Bytes that a step moves. ``num_swaps``: by phase. Offloading is an option that the code does not have."""
+    """Bytes that a step moves. ``num_swaps``: by phase. ``offload_``: what ``optim.offload`` moves over the host, and
+    leaves free on the GPU while an expert is updated."""
 
     swap_bytes: int
     num_swaps: dict[str, int]
@@ -21,13 +22,17 @@ class Moves:
     offload_saved_bytes: int
 
 
+def state_bytes(sizes: ModelSizes) -> int:
+    """An expert's fp32 masters and what torch.optim.AdamW keeps: two fp32 moments per parameter, a step per tensor."""
+    return sizes.master_bytes + 8 * sizes.trained_parameters + 4 * sizes.trained_tensors
+
+
 def step_moves(config: RunConfig, sizes: ModelSizes, num_experts: int, engine: str, host: int) -> Moves:
     """Every student samples all its batches, native and cross, in one call: one swap each, in either phase."""
     phases = [name for name, steps in (("rl", config.schedule.rl_steps), ("opd", config.schedule.opd_steps)) if steps]
     if config.method != "copd":
         phases = ["rl"]
     swaps = dict.fromkeys(phases, num_experts if engine == "sglang" else 0)
-    state = sizes.master_bytes + 8 * sizes.trained_parameters
     adapters = num_experts * sizes.trained_bytes if engine == "sglang" and config.model.lora is not None else 0
     return Moves(
         swap_bytes=sizes.trained_bytes if engine == "sglang" else 0,
@@ -36,6 +41,6 @@ def step_moves(config: RunConfig, sizes: ModelSizes, num_experts: int, engine: s
         # The memory saver copies the weights out at sleep and in at wake; adapters are copied to the CPU and up again.
         host_bytes=2 * host + 2 * adapters,
         host_note="weights that are never synced, out and in; adapters" if host or adapters else "",
-        offload_host_bytes=2 * num_experts * state,
-        offload_saved_bytes=(num_experts - 1) * state,
+        offload_host_bytes=2 * num_experts * state_bytes(sizes),
+        offload_saved_bytes=(num_experts - 1) * state_bytes(sizes),
     )

@@ -80,7 +80,7 @@ def plan_text(config: RunConfig, gpus: int | None, memory_gb: float | None) -> s
         "",
         *_engine(config, plans),
         "",
-        *_moves(plans),
+        *_moves(config, plans),
         "",
     ]
     for mode, plan in plans.items():
@@ -116,6 +116,10 @@ def _memory(plans: dict[str, ModePlan]) -> list[str]:
             rows.append((f"  {name}", *map(_item, found), _note(*(item.note if item else "" for item in found))))
         if phase != "resident":
             rows.append(("  all together", *(f"~{_gb(plan.peaks[phase])}" for plan in plans.values()), ""))
+    if any(plan.offloaded_bytes for plan in plans.values()):
+        rows.append(
+            ("in host memory instead", *(_gb(plan.offloaded_bytes) for plan in plans.values()), "optim.offload")
+        )
     for name in ("kept", "checkpointed"):
         title = f"activations if {name}"
         rows.append((title, *(f"~{_gb(plan.activations[name])}" for plan in plans.values()), ""))
@@ -146,16 +150,10 @@ def _engine(config: RunConfig, plans: dict[str, ModePlan]) -> list[str]:
         note = f"sequences of {plan.longest_tokens:,} tokens, of {config.rollout.max_running} that may run"
         rows.append(("  the longest sequences at once", *(f"~{room.num_sequences}" for room in rooms), note))
     rows.append(("  weights in host memory while asleep", *(_gb(p.host_bytes_asleep) for p in pairs), "GB"))
-    lines = _table(rows)
-    if plan.engine == "sglang":
-        lines.append(
-            "  Taken for granted: before the engine wakes, the trainer's allocator has given back what updates freed"
-            " (torch.cuda.empty_cache, which the code does not call)."
-        )
-    return lines
+    return _table(rows)
 
 
-def _moves(plans: dict[str, ModePlan]) -> list[str]:
+def _moves(config: RunConfig, plans: dict[str, ModePlan]) -> list[str]:
     pairs = [plan.moves for plan in plans.values()]
     rows: list[Sequence[str]] = [("a step moves, in GB", *(NAMES[mode] for mode in plans), "")]
     rows.append(("  one expert into the engine", *(_gb(m.swap_bytes) for m in pairs), "weights, or adapters"))
@@ -166,13 +164,13 @@ def _moves(plans: dict[str, ModePlan]) -> list[str]:
     rows.append(("  over the host", *(f"~{_gb(m.host_bytes)}" for m in pairs), "; ".join(notes)))
     rows.append(
         (
-            "  option: masters and moments in host memory",
+            "  masters and moments, in and out",
             *(_gb(m.offload_host_bytes) for m in pairs),
-            "in and out; not in the code",
+            "optim.offload=true" if config.optim.offload else "only with optim.offload=true",
         )
     )
     freed = "all experts' but the one that is updated"
-    rows.append(("  which would free on the GPU", *(_gb(m.offload_saved_bytes) for m in pairs), freed))
+    rows.append(("  which frees on the GPU", *(_gb(m.offload_saved_bytes) for m in pairs), freed))
     return _table(rows)
 
 

@@ -28,7 +28,7 @@ from copd_engine.models.loading import load_model
 from copd_engine.models.meta import model_sizes
 from copd_engine.models.qwen3_vl import Qwen3VLPromptEncoder
 from copd_engine.packing import pack
-from copd_engine.plan import Item, ModePlan, engine_of, plan_mode, plan_run
+from copd_engine.plan import UPDATED, Item, ModePlan, engine_of, plan_mode, plan_run
 from copd_engine.plan_changes import cheapest_that_fits, single_changes
 from copd_engine.plan_estimates import CONTEXT_BYTES, FRAGMENTATION, activation_bytes
 from copd_engine.plan_text import plan_text
@@ -162,7 +162,7 @@ def test_bytes_of_real_experts_after_a_step(dtype: str, lora: LoraConfig | None,
     assert item(plan, "training", "gradient sums").num_bytes == sum(g.nbytes for g in gradients if g is not None)
     assert plan.moves.swap_bytes == sum(p.nbytes for p in experts[0].parameters.values())
     if dtype == "float32":
-        assert plan.moves.offload_host_bytes == 2 * sum(8 * master.numel() for master, _ in pairs)
+        assert plan.moves.offload_host_bytes == 2 * sum(state.nbytes for state in states)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -257,6 +257,39 @@ def test_a_model_of_four_billion_parameters_by_hand(tmp_path: Path) -> None:
     # logits of 4096 rows of 2 bytes, their hidden gradient, and that of the head in fp32 and bf16
     head = 8192 * 151_936 + 4 * 4096 * 2560 + 151_936 * 2560 * 6
     assert item(full, "training", "lm_head kernels").num_bytes == head
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)])
+def test_bytes_of_real_experts_with_offload(dtype: str, lora: LoraConfig | None) -> None:
+    """What leaves the GPU is in the real experts' host memory; the base goes with the masters, if there are any."""
+    model = ModelConfig.model_validate({"dtype": dtype, "lora": lora, "freeze_vision": True})
+    base, encoder = load_model(model)
+    optim = OptimConfig(offload=True)
+    experts = [Branch(n, base.clone(), encoder, optim, ObjectiveConfig(), 1.0) for n in ("text", "image")]
+    for expert in experts:
+        assert expert.host_states is not None
+        with expert.host_states.on_device():
+            for master in expert.masters.tensors.values():
+                master.grad = torch.ones_like(master)
+            expert.optimizer.step()
+    homes = [home for expert in experts if expert.host_states for home in expert.host_states._homes.values()]
+    settings = {"model": model.model_dump(), "rollout": {"kv_cache_tokens": 1600}}
+    offloaded = {**settings, "optim": {"offload": True}}
+    plan, without = plan_mode(run_config(**offloaded), GPU), plan_mode(run_config(**settings), GPU)
+    of_base = sizes(without, "resident")["base model"] - sizes(plan, "resident")["base model"]
+    has_masters = dtype == "bfloat16" and lora is None
+    assert of_base == has_masters * sum(p.nbytes for p in base.named_parameters().values())
+    assert plan.offloaded_bytes == sum(home.nbytes for home in homes) + of_base
+    assert sizes(plan, "resident")["fp32 masters"] == sizes(plan, "resident")["AdamW moments"] == 0
+    assert 2 * item(plan, "training", UPDATED).num_bytes == sum(home.nbytes for home in homes)
+    saved = without.peaks["training"] - plan.peaks["training"]
+    assert saved == plan.moves.offload_saved_bytes + of_base
+    assert plan.moves.offload_host_bytes == 2 * sum(home.nbytes for home in homes)
+    # Then the base is back: the branches are compared with it.
+    assert without.peaks["rollout"] - plan.peaks["rollout"] == sum(home.nbytes for home in homes)
+    kept = plan_mode(run_config(**offloaded, objective={"kl": {"weight": 0.1}}), GPU)
+    assert sizes(kept, "resident")["base model"] == sizes(without, "resident")["base model"]
 
 
 def test_room_of_the_rollout_engine_by_hand() -> None:

@@ -19,8 +19,9 @@ class RolloutConfig(Section):
     ``max_cached_tokens``: how many tokens' keys and values the embedded engine holds, a prompt's once for its group.
 
     The rest is for sglang. ``isolate`` hosts the engine in a process of its own, which its failures cannot leave;
-    false: in the trainer's. ``memory_fraction`` of the GPU is for weights and KV cache, ``kv_cache_tokens`` limits the
-    cache (a CPU gets room for ``max_running`` sequences). ``tensor_parallel``: GPUs per copy of the model.
+    false: in the trainer's. ``memory_fraction`` is of the GPU memory that is free when the engine starts, beside the
+    trainer's models; its weights and KV cache get that much (sglang's ``mem_fraction_static``). ``kv_cache_tokens``
+    limits the cache (a CPU gets room for ``max_running`` sequences). ``tensor_parallel``: GPUs per copy of the model.
     ``bucket_mb``: weights travel in buckets of that size. ``deterministic``: kernels whose result does not depend on
     the batch. ``max_staleness``: how many versions behind the trainer a token's weights may be. ``request_timeout_s``:
     a request without an answer by then is sampled once more and then dropped from its group; ``start_timeout_s`` bounds
