@@ -34,6 +34,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(**{key: value + getattr(other, key) for key, value in asdict(self).items()})
 
+    def __sub__(self, other: Work) -> Work:
+        return Work(**{key: value - getattr(other, key) for key, value in asdict(self).items()})
+
 
 class WorkMeter:
     """Counts for models of one size."""

@@ -76,11 +76,11 @@ class StepRunner:
         for student, start in plan.copies:
             self.branches[student].start_from(self.branches[start].parameters)
             self.engine.sync(student, self.branches[student].parameters, self.branches[student].version)
+        before = dict(self.work)
         drawn = self.roll_out(plan, timer)
         per_branch: dict[str, dict[str, Any]] = {}
         samples: dict[str, list[TrainSample]] = {}
         for student in plan.students:
-            work = Work()
             per_branch[student] = {"rollout": {}}
             samples[student] = []
             for assignment in plan.of(student):
@@ -92,14 +92,12 @@ class StepRunner:
                 if assignment.teacher is None:
                     stats["num_resampled_groups"] = self.num_resampled[assignment]
                 stats |= group_stats(rollouts, scores)
-                work += self._meter.sampled(rollouts)
                 if assignment.teacher:
-                    work += self._meter.scored([sample.rollout for sample in kept])
+                    self.work[student] += self._meter.scored([sample.rollout for sample in kept])
                 per_branch[student]["rollout"][assignment.source] = stats
                 samples[student] += kept
-            work += self._update_work(samples[student])
-            per_branch[student]["work"] = asdict(work)
-            self.work[student] += work
+            self.work[student] += self._update_work(samples[student])
+            per_branch[student]["work"] = asdict(self.work[student] - before.get(student, Work()))
             self.steps_taken[student] += 1
         for student in plan.students:
             with timer("update"):
@@ -187,6 +185,9 @@ class StepRunner:
                 self.rollouts_drawn[student] += len(rollouts)
                 key = student, rollouts[0].request.group
                 begun[key] = rollouts, self.rewards[assignment_of[key].source].begin(rollouts)
+        for student in requests:
+            sampled = [rollout for (name, _), (group, _) in begun.items() if name == student for rollout in group]
+            self.work[student] += self._meter.sampled(sampled)
         return begun
 
     def _check_versions(self, student: str, rollouts: Sequence[Rollout]) -> None:

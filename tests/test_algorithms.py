@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from copd_engine.algorithms import MIXED, Schedule, StepPlan, split_evenly, teachers_of
 from copd_engine.config import RunConfig, build_config
+from copd_engine.types import UserError
 
 ABC = ("text", "image", "video")
 MANY = tuple("abcde")
@@ -220,3 +221,26 @@ def test_split_evenly(count, parts, turn):
 
 def test_split_evenly_into_nothing():
     assert split_evenly(5, 0) == []
+
+
+def test_native_share_thins_grpo_in_phase_2_alone():
+    """0 leaves distillation alone; the budget of the baselines follows."""
+    none, half = (plans(config(native_share=share)) for share in (0, 0.5))
+    assert [a.num_prompts for a in none[0].assignments] == [8] * 3
+    assert {a.term for a in none[3].assignments} == {"opd:text", "opd:image", "opd:video"}
+    assert [a.num_prompts for a in half[3].assignments if a.teacher is None] == [4] * 3
+    assert num_prompts(config(native_share=0)) == 2 * (3 * 3 * 8 + 2 * 3 * 8)
+    assert num_prompts(config(method="mixed", native_share=0)) == 2 * (3 * 3 * 8 + 2 * 3 * 8)
+
+
+def test_phase_2_without_anything_to_learn_is_refused():
+    with pytest.raises(UserError, match=r"native_share = 0: no branch has a teacher"):
+        Schedule(config(native_share=0, topology=[]))
+
+
+def test_only_the_ends_of_phases_are_always_measured():
+    schedule = Schedule(config())
+    assert [step for step in range(1, 11) if schedule.is_measured(step)] == [3, 5, 8, 10]
+    for method in ("expert", "mixed"):
+        schedule = Schedule(config(method=method))
+        assert [s for s in range(1, schedule.num_steps + 1) if schedule.is_measured(s)] == [schedule.num_steps]

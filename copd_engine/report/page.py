@@ -18,6 +18,7 @@ from copd_engine.report.run import METHOD_NAMES, Run, distinct, load_run, planne
 from copd_engine.report.tables import (
     KINDS,
     change_rows,
+    cost_heads,
     headline,
     matrices,
     prompts_note,
@@ -60,6 +61,7 @@ def write_report(run_dir: str | Path) -> Path:
         facts=_facts(run),
         missing=run.missing,
         columns=columns,
+        cost_heads=cost_heads(run.result) if run.result else [],
         groups=[(_kind_name(kind, run.method), list(rows)) for kind, rows in itertools.groupby(rows, lambda r: r.kind)],
         prompts_note=prompts_note(run.result) if run.result else "",
         kept={"header": HEADER, "rows": [row.cells for row in kept], "note": retention_note(kept)} if kept else None,

@@ -19,7 +19,13 @@ from copd_engine.types import UserError
 Record = dict[str, Any]
 
 SMOOTHING_STEPS = 5
-METHOD_NAMES = {"copd": "CoPD", "expert": "independent experts", "mixed": "mixed RLVR"}
+METHOD_NAMES = {
+    "copd": "CoPD",
+    "expert": "independent experts",
+    "mixed": "mixed RLVR",
+    "static_opd": "static OPD",
+    "mopd": "MOPD",
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,10 @@ def _usable(records: list[Record]) -> list[Record]:
 
 
 def planned_steps(config: dict[str, Any]) -> int | None:
+    """The steps of a fixed CoPD schedule; of other runs the config alone does not say how many there are."""
     schedule = config.get("schedule") or {}
+    if config.get("method", "copd") != "copd" or schedule.get("adaptive"):
+        return None
     try:
         return int(schedule["cycles"]) * (int(schedule["rl_steps"]) + int(schedule["opd_steps"]))
     except (KeyError, TypeError, ValueError):

@@ -22,7 +22,11 @@ MATRICES = (
     ("sum_min", "Σ min(p, q)", "{:.4f}"),
     ("symmetric_kl", "Symmetric KL", "{:.2e}"),
     ("kl_student_teacher", "KL(student‖teacher)", "{:.2e}"),
+    ("task_cosine", "Cosine of the changes since the base", "{:.3f}"),
+    ("update_cosine", "Cosine of the changes since the diagnostics before", "{:.3f}"),
 )
+#: What a model's training took: key of the row, head of the column, and the number's form.
+COSTS = (("steps", "steps", "{:,}"), ("rollouts", "rollouts", "{:,}"), ("train_flops", "FLOPs", "{:.2e}"))
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,17 @@ class Row:
     model: str
     kind: str
     cells: list[Cell]
-    rollouts: str
+    costs: list[str]
+
+
+def cost_heads(result: dict[str, Any]) -> list[str]:
+    """Heads of the columns of :data:`COSTS`; a result of an older version has only some of them."""
+    return [head for key, head, _ in COSTS if key == "rollouts" or any(row.get(key) for row in result["rows"])]
 
 
 def result_rows(result: dict[str, Any]) -> tuple[list[str], list[Row]]:
     """Column names (domains, then "average") and rows in the order base, experts, baselines, branches, merged."""
+    heads = cost_heads(result)
     columns = [*(result.get("domains") or []), "average"]
     rows = sorted(result["rows"], key=lambda row: KINDS.index(row["kind"]) if row.get("kind") in KINDS else len(KINDS))
     texts = [[_percent(nested(row, "accuracy", column)) for column in columns] for row in rows]
@@ -54,9 +64,12 @@ def result_rows(result: dict[str, Any]) -> tuple[list[str], list[Row]]:
             Cell(text, _percent(nested(row, "stderr", column), none=""), text != "-" and float(text) == top)
             for text, column, top in zip(line, columns, best, strict=True)
         ]
-        rollouts = row.get("rollouts")
-        count = "-" if rollouts is None else f"{int(rollouts):,}"
-        out.append(Row(str(row.get("model", "?")), str(row.get("kind", "")), cells, count))
+        costs = [
+            "-" if row.get(key) is None else form.format(row[key] if key == "train_flops" else int(row[key]))
+            for key, head, form in COSTS
+            if head in heads
+        ]
+        out.append(Row(str(row.get("model", "?")), str(row.get("kind", "")), cells, costs))
     return columns, out
 
 
@@ -67,8 +80,8 @@ def result_table(result: dict[str, Any]) -> str:
     def text(cell: Cell) -> str:
         return cell.text + (f" ±{cell.stderr:>4}" if cell.stderr else "") + ("*" if cell.best else " ")
 
-    lines = [["model", *(f"{column} " for column in columns), "rollouts"]]
-    lines += [[row.model, *map(text, row.cells), row.rollouts] for row in rows]
+    lines = [["model", *(f"{column} " for column in columns), *cost_heads(result)]]
+    lines += [[row.model, *map(text, row.cells), *row.costs] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     printed = []
     for model, *numbers in lines:
@@ -91,8 +104,9 @@ def markdown_table(result: dict[str, Any]) -> str:
         number = f"**{cell.text}**" if cell.best else cell.text
         return f"{number} ± {cell.stderr}" if cell.stderr else number
 
-    lines = [["model", *columns, "rollouts"], ["---", *("---:" for _ in range(len(columns) + 1))]]
-    lines += [[row.model.replace("|", "\\|"), *map(text, row.cells), row.rollouts] for row in rows]
+    heads = ["model", *columns, *cost_heads(result)]
+    lines = [heads, ["---", *("---:" for _ in heads[1:])]]
+    lines += [[row.model.replace("|", "\\|"), *map(text, row.cells), *row.costs] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -114,6 +128,8 @@ def headline(run: Run) -> str:
     rows = (run.result or {}).get("rows", [])
     averages = {row.get("kind"): nested(row, "accuracy", "average") for row in rows}
     of_experts = next((nested(r, "accuracy", "average") for r in rows if r.get("model") == "average of experts"), None)
+    if run.method != "copd" and (own := next((row for row in rows if row.get("kind") == "baseline"), None)):
+        return f"{name}: {own['model']} {_percent(nested(own, 'accuracy', 'average'))} %  (held-out accuracy)"
     if averages.get("merged") is None:
         planned = planned_steps(run.config)
         return f"{name}: step {run.last_step}" + (f" of {planned}" if planned else "")
@@ -141,13 +157,16 @@ def change_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def matrices(run: Run) -> dict[str, Any] | None:
-    """K x K tables at the last diagnostics; rows are students, columns teachers."""
-    last = next((record for record in reversed(run.records) if nested(record, "diagnostics", "pairs")), None)
+    """K x K tables at the last diagnostics; rows are students, columns teachers and the base."""
+    last = next((r for r in reversed(run.records) if any(nested(r, "diagnostics", k) for k in ("pairs", "base"))), None)
     if last is None:
         return None
-    pairs = {(p.get("student"), p.get("teacher")): p for p in last["diagnostics"]["pairs"]}
-    found = distinct(name for pair in pairs for name in pair)
+    to_base = last["diagnostics"].get("base") or []
+    rows_of_pairs = [*(last["diagnostics"].get("pairs") or []), *to_base]
+    pairs = {(p.get("student"), p.get("teacher")): p for p in rows_of_pairs}
+    found = distinct(student for student, _ in pairs)
     names = [*(b for b in run.branches if b in found), *(name for name in found if name not in run.branches)]
+    teachers = [*names, *(["base"] if to_base else [])]
     tables = []
     for key, title, form in MATRICES:
         known = [p[key] for p in pairs.values() if isinstance(p.get(key), int | float)]
@@ -156,11 +175,11 @@ def matrices(run: Run) -> dict[str, Any] | None:
         low, width = min(known), (max(known) - min(known)) or 1.0
         rows = []
         for student in names:
-            values = [nested(pairs.get((student, teacher)), key) for teacher in names]
+            values = [nested(pairs.get((student, teacher)), key) for teacher in teachers]
             cells = [("-", 0.0) if v is None else (form.format(v), round((v - low) / width, 3)) for v in values]
             rows.append((student, cells))
         tables.append({"title": title, "rows": rows})
-    return {"step": last["step"], "names": names, "tables": tables}
+    return {"step": last["step"], "names": teachers, "tables": tables}
 
 
 def time_rows(run: Run) -> list[tuple[str, str, str]]:
