@@ -76,6 +76,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "versions": run_folder.versions(),
         "load": os.getloadavg()[1],
         "settings": settings.__dict__,
+        "parameters": sum(tensor.numel() for tensor in policy.named_parameters().values()),
         "has_sglang": has_sglang(),
         "together": together(settings, policy, encoder),
         "mixed": mixed(settings, policy, encoder),

@@ -32,8 +32,8 @@ def _head(record: dict[str, Any]) -> str:
         "",
         f"- machine: {record['machine']}; {record['threads']} thread(s); device {record['settings']['device']}",
         f"- {versions}; load of the machine at the start, mean of five minutes: {record['load']:.1f}",
-        "- Qwen3-VL's architecture at 0.3M parameters (hidden 64, 4 layers), fp32, random weights; prompts of text, "
-        "image and video in turn",
+        f"- Qwen3-VL's architecture at {record['parameters'] / 1e6:.2f}M parameters (hidden 64, 4 layers), fp32, "
+        "random weights; prompts of text, image and video in turn",
         "- engines take turns in each round; median over rounds, lowest and highest in brackets",
     ]
     if not record["has_sglang"]:
@@ -124,7 +124,7 @@ def _steps(record: dict[str, Any]) -> str:
             [PHASES[row["phase"]], row["engine"], f"{1e3 * total:.0f}", *(f"{100 * share:.1f}" for share in shares)]
         )
     note = (
-        f"`configs/demo.yaml` (three branches, 0.46M parameters), {record['settings']['steps_per_phase']} steps of "
+        f"`configs/demo.yaml` (three branches), {record['settings']['steps_per_phase']} steps of "
         "each phase after a warm-up step, by the real trainer, which takes turns between the engines step by step; "
         "shares in %, from `time_s` of the metrics. Swaps: `sync`, and for sglang, which takes weights in when an "
         "expert's turn to sample comes, its `swap_s`, taken out of `rollout`. Scoring is the teachers'. The rest is "

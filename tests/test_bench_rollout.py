@@ -65,7 +65,7 @@ def one_sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SglangEngine]]:
 
 
 @needs_sglang
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("sglang")
 def test_counts_and_tables(one_sglang: list[SglangEngine]) -> None:
     record = run(TOY) | {"command": "x", "threads": 1}
@@ -115,7 +115,7 @@ def check_steps(rows: list[dict[str, Any]], engines: set[str]) -> None:
 
 @needs_sglang
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("sglang")
 def test_swaps_are_taken_out_of_sglangs_rollouts() -> None:
     engines = ("embedded", "sglang")
