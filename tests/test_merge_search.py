@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -131,10 +132,20 @@ def test_search_and_retention_of_the_command(site: Site, copd: Callable[..., End
     assert "paired by prompt" in ended.out
 
 
-def test_retention_of_the_command_is_that_of_the_runs_result(site: Site, copd: Callable[..., Ended]) -> None:
+def test_retention_of_the_command_is_that_of_the_runs_result(
+    site: Site, copd: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a search: same prompts, same draws, so the same accuracies."""
+    seeds = []
+
+    def watched(*arguments: Any) -> Any:
+        seeds.append(arguments[4])
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(copd_engine.merge.command, "evaluate", watched)
     ended = copd("merge", "base", *MODELS, "--out", "mean", "--retention", "--config", "runs/small/config.yaml")
     assert ended.code == 0, ended
+    assert seeds == [derive_seed(0, "eval")] * 3  # as in the trainer; so few prompts would not show it
     rows = {row["model"]: row for row in json.loads((site.root / "runs/small/result.json").read_text())["rows"]}
     lines = {line.split()[0]: line.split() for line in ended.out.splitlines() if line.startswith("branch:")}
     assert set(lines) == {"branch:text", "branch:image"}
