@@ -68,6 +68,7 @@ def make_record(step: int, cycle: int, phase: str, branches: tuple[str, ...], kl
             "kl_student_teacher": 0.4 * kl * (1 + 0.2 * j),
             "kl_teacher_student": 0.6 * kl * (1 + 0.2 * j),
             "symmetric_kl": kl * (1 + 0.2 * j),
+            "task_cosine": 1 - kl,
         }
         for j, (s, t) in enumerate(itertools.permutations(branches, 2))
     ]
@@ -88,7 +89,10 @@ def make_record(step: int, cycle: int, phase: str, branches: tuple[str, ...], kl
         "step_s": sum(parts.values()) + 0.02,
         "time_s": parts,
         "branches": per_branch,
-        "diagnostics": {"pairs": pairs},
+        "diagnostics": {
+            "pairs": pairs,
+            "base": [pair | {"teacher": "base", "task_cosine": None} for pair in pairs[::2]],
+        },
         "evaluate": accuracy if step % 10 == 0 else None,
         "system": {
             "rss_bytes": int(1.1e9 + 1e6 * step),

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 import copd_engine.report
-from copd_engine import trainer as trainer_module
 from copd_engine.checkpoint import complete_checkpoints, read_manifest
 from copd_engine.config import RunConfig, build_config
 from copd_engine.metrics import read_metrics
@@ -155,13 +154,7 @@ def test_taking_the_experts_gives_bitwise_the_single_run(
     changes = {method: sections[method] | {"experts": str(expert)}}
     taken = run(config_of(material, tmp_path, method, **changes))
     assert [record["step"] for record in read_metrics(taken)] == [0, 4, 5]
-    # A resumed log has no line 1-3 in which the experts were trained; evaluation is of the same models.
-    skipped = ("diagnostics", "time_s")
-    for one, other in zip(numbers(taken)[1:], numbers(whole)[4:], strict=True):
-        assert {k: v for k, v in one.items() if k not in skipped} == {
-            k: v for k, v in other.items() if k not in skipped
-        }
-        assert one["diagnostics"] == other["diagnostics"]
+    assert numbers(taken)[1:] == numbers(whole)[4:]
     label = "static-OPD-image-to-text" if method == "static_opd" else "MOPD"
     assert same(weights(taken / "models" / label), weights(whole / "models" / label))
     assert rows_of(taken) == rows_of(whole)
@@ -183,7 +176,7 @@ def test_behind_single_experts_a_baseline_takes_them(
     run_with_baselines(config, folder)  # finished: nothing is trained again
 
 
-class Killed(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -215,11 +208,11 @@ def stop_behind(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -
     def saved(self: Trainer, at: int) -> None:
         save(self, at)
         if at == step:
-            raise Killed
+            raise StoppedError
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save", saved)
-        with pytest.raises(Killed):
+        with pytest.raises(StoppedError):
             run(config)
 
 
@@ -326,9 +319,7 @@ def test_angles_between_what_branches_learned(material: tuple[Path, Path], tmp_p
             assert pair[key] == pytest.approx(float(expected), abs=1e-6)
             assert pair[key] == other[key]
     assert records[0]["diagnostics"]["pairs"][0]["task_cosine"] is None  # nothing was learned yet
-    assert (
-        records[3]["diagnostics"]["pairs"][0]["update_cosine"] != records[3]["diagnostics"]["pairs"][0]["task_cosine"]
-    )
+    assert pair["update_cosine"] != pair["task_cosine"]
 
 
 def test_mixed_rlvr_is_measured_against_the_base(material: tuple[Path, Path], tmp_path: Path) -> None:
@@ -340,10 +331,6 @@ def test_mixed_rlvr_is_measured_against_the_base(material: tuple[Path, Path], tm
     assert records[-1]["diagnostics"]["pairs"] == []
 
 
-def test_the_labels_are_those_of_the_method(material: tuple[Path, Path], static: Path) -> None:
-    """Samples are kept of the model that the run is for."""
+def test_samples_are_kept_of_who_was_trained_and_of_the_result(static: Path) -> None:
     rows = [json.loads(line) for line in (static / "samples.jsonl").read_text().splitlines()]
     assert {row["branch"] for row in rows} == {"text", "image", "student", "static OPD image→text"}
-    assert trainer_module.final_model(config_of(material, static, "static_opd", **STATIC))[0] in {
-        r["branch"] for r in rows
-    }

@@ -7,7 +7,7 @@ import torch
 
 from copd_engine.branch import Branch
 from copd_engine.config import ObjectiveConfig, OptimConfig
-from copd_engine.diagnostics import PAIR_METRICS, compare_branches
+from copd_engine.diagnostics import BASE, PAIR_METRICS, UpdateAngles, change_cosines, compare_branches
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.types import RolloutRequest
@@ -120,3 +120,85 @@ def test_comparing_changes_no_gradient_and_no_weight(world):
         for old, new in zip(before[name], policy.named_parameters().values(), strict=True):
             assert torch.equal(old, new)
             assert new.grad is None
+
+
+def test_the_base_is_a_teacher_alone(world):
+    """Its rows are those of a branch that holds it, on the states of the others; a single model is measured too."""
+    policies, encoder, probes = world
+    two, base = {"a": policies["a"], "b": policies["b"]}, policies["c"]
+    engine = EmbeddedEngine(two, encoder)
+    rows = compare_branches(branches_of(two, encoder), engine, probes, SAMPLING, TOP_K, base)
+    assert [(row["student"], row["teacher"]) for row in rows] == [("a", "b"), ("a", BASE), ("b", "a"), ("b", BASE)]
+    expected = {(row["student"], row["teacher"]): row for row in compare(policies, encoder, probes)}
+    for row in rows:
+        other = "c" if row["teacher"] == BASE else row["teacher"]
+        for name in PAIR_METRICS:
+            assert row[name] == expected[row["student"], other][name]
+    one = {"a": policies["a"]}
+    alone = compare_branches(branches_of(one, encoder), EmbeddedEngine(one, encoder), probes, SAMPLING, TOP_K, base)
+    assert [(row["student"], row["teacher"]) for row in alone] == [("a", BASE)]
+
+
+def random_tensors(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in (("w", (7, 5)), ("b", (11,)))}
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in tensors.values()])
+
+
+def test_cosines_of_changes_over_all_weights():
+    """The mean over tensors, or a start shared by mistake, would give other numbers."""
+    ends = {name: random_tensors(seed) for seed, name in enumerate("abc")}
+    starts = {name: random_tensors(seed) for seed, name in enumerate("abc", start=10)}
+    found = change_cosines(ends, starts)
+    assert set(found) == {(a, b) for a in "abc" for b in "abc" if a != b}
+    for (a, b), value in found.items():
+        changes = [flat(ends[name]) - flat(starts[name]) for name in (a, b)]
+        assert value == pytest.approx(float(torch.nn.functional.cosine_similarity(*changes, dim=0)), abs=1e-6)
+
+
+def test_cosines_of_changes_that_are_plain():
+    start = random_tensors(0)
+    step = random_tensors(1)
+    moved = {
+        "on": {name: start[name] + step[name] for name in start},
+        "further": {name: start[name] + 3 * step[name] for name in start},
+        "back": {name: start[name] - step[name] for name in start},
+        "still": start,
+    }
+    found = change_cosines(moved, dict.fromkeys(moved, start))
+    assert found["on", "further"] == pytest.approx(1, abs=1e-6)
+    assert found["back", "on"] == pytest.approx(-1, abs=1e-6)
+    assert found["on", "still"] is None
+    assert change_cosines({"on": moved["on"]}, {"on": start}) == {}
+
+
+def test_small_changes_of_large_weights_keep_their_angle():
+    """An update at RL's learning rates is far below the weights: sums in fp64 over fp32 differences."""
+    start = {"w": torch.full((1000, 100), 100.0)}
+    step = {"w": torch.full((1000, 100), 2.0**-14)}
+    step["w"][::2] *= -1
+    ends = {"a": {"w": start["w"] + step["w"]}, "b": {"w": start["w"] + step["w"].abs()}}
+    assert change_cosines(ends, dict.fromkeys(ends, start))["a", "b"] == pytest.approx(0, abs=1e-9)
+
+
+def test_update_angles_are_those_since_the_last_call(world):
+    policies, encoder, _ = world
+    branches = branches_of({name: policies["a"].clone() for name in "xy"}, encoder)
+    angles = UpdateAngles(branches)
+    assert angles.cosines(branches) == {("x", "y"): None, ("y", "x"): None}
+
+    def move(name: str, sign: float) -> None:
+        with torch.no_grad():
+            for parameter in branches[name].parameters.values():
+                parameter += sign * 0.1
+
+    move("x", 1), move("y", 1)
+    resumed = UpdateAngles(branches)
+    resumed.load_tensors(angles.tensors())
+    assert angles.cosines(branches)["x", "y"] == pytest.approx(1, abs=1e-5)
+    assert resumed.cosines(branches)["x", "y"] == pytest.approx(1, abs=1e-5)
+    move("x", 1), move("y", -1)
+    assert angles.cosines(branches)["x", "y"] == pytest.approx(-1, abs=1e-5)

@@ -99,6 +99,25 @@ def test_tables_with_missing_numbers_and_ties() -> None:
     assert result_table(result).count("50.0*") == 2  # equal as printed: both are best
 
 
+def test_tables_say_what_training_took() -> None:
+    rows = [
+        {"model": "base", "kind": "base", "accuracy": {"text": 0.1}, "rollouts": 0, "steps": 0, "train_flops": 0},
+        {
+            "model": "m",
+            "kind": "merged",
+            "accuracy": {"text": 0.5},
+            "rollouts": 9600,
+            "steps": 1200,
+            "train_flops": 3e15,
+        },
+    ]
+    result = {"domains": ["text"], "rows": rows}
+    lines = markdown_table(result).splitlines()
+    assert lines[0] == "| model | text | average | steps | rollouts | FLOPs |"
+    assert lines[2:] == ["| base | 10.0 | - | 0 | 0 | 0.00e+00 |", "| m | **50.0** | - | 1,200 | 9,600 | 3.00e+15 |"]
+    assert result_table(result).splitlines()[4].endswith("1,200     9,600  3.00e+15")
+
+
 # ---------------------------------------------------------------------------------------- the page
 
 
@@ -126,15 +145,17 @@ def test_diagnostics_are_in_the_page(run_dir: Path, page: Page) -> None:
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     pairs = {(pair["student"], pair["teacher"]): pair for pair in last["diagnostics"]["pairs"]}
     matrices = [table for name, table in page.tables.items() if name.startswith("table")]
-    assert len(matrices) == 4
-    overlap, _, symmetric, _ = matrices
-    assert overlap[0] == ["student", *BRANCHES]
+    assert len(matrices) == 5
+    overlap, _, symmetric, _, angles = matrices
+    assert overlap[0] == ["student", *BRANCHES, "base"]
     assert overlap[1] == [
         "text",
         "-",
         f"{pairs['text', 'image']['overlap']:.3f}",
         f"{pairs['text', 'video']['overlap']:.3f}",
+        f"{last['diagnostics']['base'][0]['overlap']:.3f}",
     ]
+    assert angles[1][1:] == ["-", *[f"{pairs['text', 'image']['task_cosine']:.3f}"] * 2, "-"]
     assert symmetric[3][1] == f"{pairs['video', 'text']['symmetric_kl']:.2e}"
     phases = page.tables["phases"]
     assert [row[:3] for row in phases[1:]] == [
