@@ -119,7 +119,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["copd_engine", "copd_engine.*"]) + find_packages("kernels"),
     package_dir={"copd_kernels": "kernels/copd_kernels"},
-    package_data={"copd_engine": ["testbed/base/*", "report/report.html"]},
+    package_data={"copd_engine": ["testbed/base/*", "report/report.html", "study/study.html"]},
     ext_modules=[Extension("copd_kernels.copd_kernels_cpu", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
     # constraints.txt holds the one set of versions that the tests ran with (torch 2.13.0, transformers 5.19.0).
@@ -127,6 +127,7 @@ setup(
         "torch>=2.10",
         "transformers>=5.12,<5.24",
         "numpy",
+        "scipy",
         "pydantic>=2",
         "pyyaml",
         "typer",

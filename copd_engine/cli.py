@@ -1,4 +1,4 @@
-"""The command line: ``copd train | eval | eval-table | merge | report | plan | data check | testbed build``.
+"""The command line: ``copd train | eval | eval-table | merge | report | study | plan | data check | testbed build``.
 
 A mistake in the input ends in one line on standard error and exit code 2; nothing is overwritten.
 """
@@ -127,6 +127,30 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder, e.g. runs/demo"
     from copd_engine.report import write_report
 
     typer.echo(f"report: {write_report(run)}")
+
+
+@app.command("study")
+def run_a_study(
+    config: Annotated[Path, typer.Argument(help="YAML file of a study, e.g. configs/testbed.yaml (docs/study.md)")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. name=mine")] = None,
+    fast: Annotated[bool, typer.Option(help="The config's short version, to see that all of it runs.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the page there too, its figures beside it.")] = None,
+) -> None:
+    """Methods x seeds, and one page of what was measured. One that was stopped goes on where it was."""
+    from copd_engine.study.config import load_study
+    from copd_engine.study.page import write_page
+    from copd_engine.study.run import run_study
+
+    study = load_study(config, overrides, fast)
+    try:
+        errors = run_study(study, _command(), fast)
+    except KeyboardInterrupt:
+        typer.echo("copd: stopped; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"page: {write_page(study, _command(), errors, markdown, fast)}")
+    if errors:
+        typer.echo(f"copd: {len(errors)} units failed: {', '.join(errors)}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command("plan")

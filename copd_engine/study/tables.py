@@ -69,15 +69,14 @@ def what_is_measured(m: Measured) -> str:
 
 
 def _number(m: Measured, value: float) -> str:
-    if value != value:
-        return "?"
     return f"{100 * value:+.1f}" if m.claim.kind == "accuracy" else f"{value:+.3f}"
 
 
 def _measured(m: Measured) -> str:
-    return (
-        "-" if m.interval is None else f"{_number(m, m.interval.value)} {_bounds(m, m.interval.low, m.interval.high)}"
-    )
+    if m.interval is None:
+        return "-"
+    bounds = "[one seed]" if len(m.by_seed) == 1 else _bounds(m, m.interval.low, m.interval.high)
+    return f"{_number(m, m.interval.value)} {bounds}"
 
 
 def _bounds(m: Measured, low: float, high: float) -> str:
@@ -110,7 +109,7 @@ def accuracy_table(table: TableConfig, results: Results) -> Table:
         rows.append([*cells, *(_spent(model, key, results) for key in ("steps", "rollouts", "train_flops"))])
     note = (
         "Accuracy in %, mean over seeds ± half of its 95 % interval (Student's t). Steps, rollouts and FLOPs of "
-        "training: mean over seeds."
+        "training: of all models that went into it, mean over seeds."
     )
     return Table(table.title, ["model", *domains, "steps", "rollouts", "FLOPs"], rows, note)
 

@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from copd_engine.study.config import PILOT, PilotConfig
 from copd_engine.study.plan import Unit
 from copd_engine.types import UserError
@@ -69,9 +71,11 @@ class Worker:
         return outcome
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.join()
+        """End the process: on its own where it is idle."""
         self.connection.close()
+        if self.job is not None:
+            self.process.terminate()
+        self.process.join()
 
 
 def _serve(connection: Connection) -> None:
@@ -85,6 +89,7 @@ def _serve(connection: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a terminated process leaves behind
     while True:
         try:
             job: Job = connection.recv()

@@ -1,0 +1,156 @@
+"""The page of a study: every claim, table and figure, computed from run folders; what is missing is said."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from copd_engine.study.config import StudyConfig
+from copd_engine.study.page import write_page
+from copd_engine.study.plan import fingerprint
+from copd_engine.study.run import TIMES
+from tests.study_folder import study_of, write_pilot, write_run
+
+CLAIMS: list[dict[str, Any]] = [
+    {"claim": "CoPD <is> above the average | of experts", "better": "copd", "than": "expert"},
+    {"claim": "Overlap falls", "kind": "phase", "variant": "copd", "measure": "overlap", "phase": "rl"}
+    | {"direction": "falls"},
+    {"claim": "Gain rises with overlap", "kind": "pilot"},
+]
+SECTIONS: dict[str, Any] = {
+    "claims": CLAIMS,
+    "tables": [{"title": "Two branches", "rows": {"base": "copd/base", "average": "expert", "CoPD": "copd"}}],
+    "steps": [{"title": "Overlap (a)", "measure": "overlap", "lines": {"CoPD": "copd", "alone": "expert"}}],
+    "sweeps": [{"title": "Ratio (c)", "x_label": "ratio", "lines": {"all": {0.5: "expert", 1.5: "copd"}}}],
+    "pilot": {"experts": "expert", "teacher": "image", "students": ["text"], "fractions": [1.0], "opd_steps": 1},
+}
+KEYS = ["overlap-a", "ratio-c", "pilot-gain-from-distillation-against-starting-overlap"]
+
+
+def finished(root: Path) -> StudyConfig:
+    """Accuracies on text: base 25 %, experts 50 %, CoPD 60, 65 and 70 % by seed; image 50 % throughout."""
+    study = study_of(root, **SECTIONS)
+    for seed in study.seeds:
+        right = 11 + seed
+        models = {
+            "base": {"text": [1.0] * 5 + [0.0] * 15, "image": [0.5] * 20},
+            "merged": {"text": [1.0] * right + [0.0] * (20 - right), "image": [0.5] * 20},
+        }
+        curve = {3: (1, "rl", 0.8 + seed / 100), 5: (1, "opd", 0.9 + seed / 100)}
+        write_run(study, "copd", seed, models, curve)
+        average = {"average": {"text": [1.0] * 10 + [0.0] * 10, "image": [0.5] * 20}}
+        write_run(study, "expert", seed, average, {3: (1, "rl", 0.8), 5: (1, "rl", 0.7)})
+        write_pilot(study, seed, [0.5, 0.7, 0.9], [0.01, 0.02, 0.03 + seed / 100])
+    lines = [
+        {"unit": "seed-1/copd", "error": None, "wall_s": 60, "cpu_s": 90, "session": "a", "session_s": 60},
+        {"unit": "seed-2/copd", "error": None, "wall_s": 60, "cpu_s": 90, "session": "a", "session_s": 120},
+        {"unit": "seed-3/copd", "error": None, "wall_s": 60, "cpu_s": 60, "session": "b", "session_s": 60},
+    ]
+    (root / study.name / TIMES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return study
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> tuple[StudyConfig, Path]:
+    study = finished(tmp_path)
+    return study, write_page(study, "copd study x.yaml", {}, tmp_path / "docs" / "results.md").parent
+
+
+def row_of(markdown: str, label: str) -> list[str]:
+    line = next(line for line in markdown.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")]
+
+
+def test_numbers_are_those_of_the_run_folders(page: tuple[StudyConfig, Path]) -> None:
+    _, root = page
+    text = (root / "study.md").read_text()
+    # 60, 65, 70: mean 65, t(0.975, 2) = 4.3027 times 5 / sqrt(3) = 12.42
+    assert row_of(text, "CoPD") == ["CoPD", "65.0 ± 12.4", "50.0 ± 0.0", "57.5 ± 6.2", "8", "64", "-"]
+    assert row_of(text, "base")[1:4] == ["25.0 ± 0.0", "50.0 ± 0.0", "37.5 ± 0.0"]
+    claim = row_of(text, "CoPD <is> above the average \\| of experts")
+    # Half of 10, 15, 20 points, as image is level.
+    assert claim[2] == "+7.5 [+1.3, +13.7]"
+    assert claim[-1] == "holds"
+    falls = row_of(text, "Overlap falls")
+    assert falls[2].startswith("+0.180 [")
+    assert falls[4] == "+0.190, +0.180, +0.170"
+    assert falls[5:] == ["falls in 3 of 3 phases", "holds *"]
+    assert row_of(text, "1 of the way to the text expert")[1:4] == ["0.700", "0.700", "1.300"]
+
+
+def test_where_it_comes_from(page: tuple[StudyConfig, Path]) -> None:
+    study, root = page
+    text = (root / "study.md").read_text()
+    assert row_of(text, "Command")[1] == "`copd study x.yaml`"
+    assert row_of(text, "Config, SHA-256")[1] == f"`{fingerprint(study)}`"
+    assert row_of(text, "Units finished")[1] == "9 of 9"
+    assert row_of(text, "Machine")[1] == "one core"
+    assert row_of(text, "Versions")[1] == "torch 2.13.0"
+    assert row_of(text, "Wall time")[1] == "3.0 min, started 2 times"  # the longest of each session
+    assert row_of(text, "CPU time")[1].startswith("4.0 min")
+    assert (
+        "3 claims were tested: 2 hold, 0 do not hold, 1 are not decided" in text
+        or "3 claims were tested: 3 hold" in text
+    )
+    config = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert [claim["claim"] for claim in config["claims"]] == [claim["claim"] for claim in CLAIMS]
+    assert "Missing" not in text
+
+
+def test_the_html_page_is_one_file_with_the_same_numbers(page: tuple[StudyConfig, Path]) -> None:
+    _, root = page
+    html = (root / "study.html").read_text()
+    assert "CoPD &lt;is&gt; above the average | of experts" in html
+    for text in ("65.0 ± 12.4", "+7.5 [+1.3, +13.7]", '<td class="holds">holds *</td>', "falls in 3 of 3 phases"):
+        assert text in html
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert len(images) == len(KEYS)
+    for data in images:
+        assert Image.open(io.BytesIO(base64.b64decode(data))).width > 600
+    assert not re.search(r'(src|href)="(?!data:)', html)
+
+
+def test_the_copy_has_its_figures_beside_it(page: tuple[StudyConfig, Path], tmp_path: Path) -> None:
+    _, root = page
+    copy = (tmp_path / "docs" / "results.md").read_text()
+    assert copy == (root / "study.md").read_text().replace("](figures/", "](results/")
+    linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", copy)
+    assert linked == [f"results/{key}.png" for key in KEYS]
+    for link in linked:
+        assert (tmp_path / "docs" / link).read_bytes() == (root / "figures" / Path(link).name).read_bytes()
+
+
+def test_the_page_says_what_is_missing(tmp_path: Path) -> None:
+    study = finished(tmp_path)
+    root = tmp_path / study.name
+    for seed in study.seeds:
+        (root / f"seed-{seed}" / "pilot" / "result.json").unlink()
+    (root / "seed-2" / "copd" / "result.json").unlink()
+    html = write_page(study, "", {"seed-2/copd": "out of <memory>"}).read_text()
+    text = (root / "study.md").read_text()
+    for page in (html, text):
+        assert "seed-2/copd: out of &lt;memory&gt;" in page
+        assert "seed-1/pilot: not finished" in page
+    assert row_of(text, "Units finished")[1] == "5 of 9"
+    assert row_of(text, "Gain rises with overlap")[-1] == "missing"
+    assert row_of(text, "CoPD")[1].startswith("65.0 ± ")  # of the two seeds that are there
+    assert "1 are missing" in text
+    assert not (root / "figures" / f"{KEYS[2]}.png").exists()
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    study = study_of(tmp_path, **{**SECTIONS, "seeds": [1]})
+    finished(tmp_path)
+    write_page(study, "", {})
+    text = (tmp_path / study.name / "study.md").read_text()
+    claim = row_of(text, "Overlap falls")
+    assert (claim[2], claim[-1]) == ("+0.190 [one seed]", "not decided")
+    assert row_of(text, "CoPD")[1] == "60.0"

@@ -1,0 +1,161 @@
+"""A study as a command: killed in the middle and run again, units that fail, who may run in a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from copd_engine.metrics import read_metrics
+from copd_engine.study.config import load_study
+from copd_engine.study.run import TIMES, run_study, times_of
+from copd_engine.study.worker import Job, Worker
+from copd_engine.types import UserError
+from tests import cli_site
+from tests.cli_site import Ended
+from tests.small_run import contents, small_config, write_base, write_data
+
+copd = cli_site.copd
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("material")
+    return write_base(folder / "base"), write_data(folder / "data")
+
+
+def write_study(material: tuple[Path, Path], folder: Path, **sections: Any) -> Path:
+    run = small_config(*material, folder, schedule={"cycles": 1, "rl_steps": 1, "opd_steps": 1})
+    run |= {"branches": run["branches"][:2], "checkpoint": {"every": 1, "keep": 1}}
+    study = {
+        "name": "small",
+        "output_dir": str(folder),
+        "seeds": [1],
+        "processes": 2,
+        "run": run,
+        "methods": ["copd", "static_opd", "expert"],
+        **sections,
+    }
+    file = folder / "study.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(study))
+    return file
+
+
+def start(file: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "from copd_engine.cli import main; main()", "study", str(file)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.02)
+
+
+def is_stopped_in_the_middle(seed: Path) -> bool:
+    is_counted = (seed.parent / TIMES).is_file()
+    return is_counted and (seed / "copd/result.json").is_file() and any((seed / "long/checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGINT])
+def test_a_study_that_was_stopped_goes_on_where_it_was(
+    material: tuple[Path, Path], tmp_path: Path, with_signal: signal.Signals
+) -> None:
+    """Stopped when one unit is finished and another one has a checkpoint. No process stays behind, what is finished is
+    not touched again, what was begun is not begun anew."""
+    long = {"changes": {"method": "copd", "schedule": {"cycles": 30}}}
+    file = write_study(material, tmp_path, methods=["copd"], variants={"long": long})
+    seed = tmp_path / "small" / "seed-1"
+    process = start(file)
+    try:
+        wait_for(lambda: is_stopped_in_the_middle(seed), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2
+        process.send_signal(with_signal)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if with_signal == signal.SIGINT else -signal.SIGKILL)
+    assert b"Traceback" not in errors
+    psutil.wait_procs(children, timeout=20)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not (seed / "long/result.json").exists()
+    begun = read_metrics(seed / "long")
+    finished = contents(seed / "copd")
+    times = {path: path.stat().st_mtime_ns for path in (seed / "copd").rglob("*")}
+
+    again = start(file)
+    assert again.wait(timeout=240) == 0, again.stderr and again.stderr.read().decode()
+    assert contents(seed / "copd") == finished
+    assert {path: path.stat().st_mtime_ns for path in (seed / "copd").rglob("*")} == times
+    records = read_metrics(seed / "long")
+    assert [record["step"] for record in records] == list(range(61))
+    assert records[:2] == begun[:2]  # elapsed seconds and all
+    assert [line["unit"] for line in times_of(tmp_path / "small")] == ["seed-1/copd", "seed-1/long"]
+    assert len({line["session"] for line in times_of(tmp_path / "small")}) == 2
+    assert "2 of 2" in (tmp_path / "small/study.md").read_text()
+
+
+def test_a_unit_that_fails_stops_only_what_needs_it(
+    material: tuple[Path, Path], tmp_path: Path, copd: Callable[..., Ended]
+) -> None:
+    file = write_study(material, tmp_path)
+    ended = copd("study", str(file), "variants.expert.changes={method: expert, model: {path: /nowhere}}")
+    shown = ended.out + ended.err
+    assert ended.code == 1
+    assert "seed-1/expert: FAILED: " in shown
+    assert str(tmp_path / "small/seed-1/expert") in shown
+    assert "copd: 3 units failed: seed-1/expert, seed-1/static_opd_text, seed-1/static_opd_image" in ended.err
+    page = (tmp_path / "small/study.md").read_text()
+    assert "/nowhere" in page
+    for student in ("text", "image"):
+        assert f"- seed-1/static_opd_{student}: it needs seed-1/expert, which failed" in page
+    assert (tmp_path / "small/seed-1/copd/result.json").is_file()
+    errors = {line["unit"]: line["error"] for line in times_of(tmp_path / "small")}
+    assert errors["seed-1/copd"] is None
+    assert "/nowhere" in errors["seed-1/expert"]
+
+
+def test_a_process_that_dies_fails_its_unit_alone(
+    material: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that takes all the memory is killed by the system; the next unit gets a new process."""
+    study = load_study(write_study(material, tmp_path, methods=["copd"], processes=1))
+    give = Worker.give
+
+    def give_and_kill(self: Worker, job: Job) -> None:
+        give(self, job)
+        if job.unit.variant == "first":
+            self.process.kill()
+
+    monkeypatch.setattr(Worker, "give", give_and_kill)
+    variants = dict.fromkeys(("first", "second"), study.variants["copd"])
+    study = study.model_copy(update={"variants": variants, "claims": (), "tables": (), "steps": ()})
+    assert run_study(study) == {"seed-1/first": "its process ended with exit code -9"}
+    assert (tmp_path / "small/seed-1/second/result.json").is_file()
+
+
+def test_two_processes_cannot_run_one_study(material: tuple[Path, Path], tmp_path: Path) -> None:
+    study = load_study(write_study(material, tmp_path, methods=["copd"]))
+    assert run_study(study) == {}
+    before = contents(tmp_path / "small")
+    with (tmp_path / "small" / "study.json").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is running the study"):
+            run_study(study)
+    assert run_study(study) == {}
+    assert contents(tmp_path / "small") == before
+    assert json.loads(before["seed-1/copd/result.json"])["method"] == "copd"
