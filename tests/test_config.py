@@ -17,6 +17,7 @@ from copd_engine import config as config_module
 from copd_engine.config import (
     BranchConfig,
     DataConfig,
+    DistillationPhase,
     MergeConfig,
     RunConfig,
     ScheduleConfig,
@@ -69,7 +70,7 @@ def sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[t
 def test_every_section_is_visited() -> None:
     every = {value for value in vars(config_module).values() if isinstance(value, type)}
     wanted = {c for c in every if issubclass(c, BaseModel) and c is not BaseModel and not c.__name__.startswith("_")}
-    wanted -= {SourceConfig}  # the base of two sections, none itself
+    wanted -= {SourceConfig, DistillationPhase}  # bases of two sections each, none themselves
     assert {model for _, model in sections()} == wanted
 
 
@@ -118,7 +119,7 @@ def test_an_unknown_key_far_from_all_lists_the_known_ones() -> None:
         ("optim.lr", True, "should be a number"),
         ("optim.betas.0", 1.0, "less than 1"),
         ("optim.weight_decay", -0.1, "greater than or equal to 0"),
-        ("method", "coopd", "must be one of copd, expert, mixed (did you mean 'copd'?)"),
+        ("method", "coopd", "must be one of copd, expert, mixed, static_opd, mopd (did you mean 'copd'?)"),
         ("baselines", ["copd"], "must be one of expert, mixed"),
         ("merge.method", "tie", "must be one of mean, weighted, task_arithmetic, ties, dare, dare_ties, search"),
         ("model.dtype", "float16", "must be one of float32, bfloat16 (did you mean 'bfloat16'?)"),
@@ -348,7 +349,7 @@ data_configs = st.builds(
 @st.composite
 def run_configs(draw: st.DrawFn) -> RunConfig:
     names = draw(st.lists(st.from_regex(r"[a-zA-Z0-9_-]{1,8}", fullmatch=True), min_size=1, max_size=4, unique=True))
-    names = [name for name in names if name != "average"] or ["a"]
+    names = [name for name in names if name not in ("average", "base", "student")] or ["a"]
     branches = tuple(BranchConfig(name=n, data=draw(data_configs), beta=draw(finite)) for n in names)
     edges = [(a, b) for a in names for b in names if a != b]
     topologies = st.sampled_from(["hub", "full", "ring"]) | st.lists(st.sampled_from(edges) if edges else st.nothing())
@@ -359,8 +360,14 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         output_dir=Path(draw(folder_names)),
         branches=branches,
         schedule=ScheduleConfig(
-            cycles=draw(counts), topology=draw(topologies), hub=draw(st.none() | st.sampled_from(names))
+            cycles=draw(counts),
+            topology=draw(topologies),
+            hub=draw(st.none() | st.sampled_from(names)),
+            native_share=draw(st.floats(0, 2)),
+            beta_range=(draw(st.floats(0.1, 1)), draw(st.floats(1, 9))),
         ),
+        static_opd={"student": draw(st.none() | st.sampled_from(names)), "experts": draw(st.none() | folder_names)},
+        mopd={"teachers": draw(st.none() | st.just(tuple(names))), "opd_steps": draw(st.none() | counts)},
         merge=draw(st.sampled_from([MergeConfig(), MergeConfig(method="weighted", weights=weights)])),
         optim={"lr": draw(finite), "betas": (draw(st.floats(0, 0.99)), 0.999)},
     )
