@@ -28,11 +28,13 @@ def state_bytes(sizes: ModelSizes) -> int:
 
 
 def step_moves(config: RunConfig, sizes: ModelSizes, num_experts: int, engine: str, host: int) -> Moves:
-    """Every student samples all its batches, native and cross, in one call: one swap each, in either phase."""
+    """Every student samples all its batches, native and cross, in one call: one swap each."""
     phases = [name for name, steps in (("rl", config.schedule.rl_steps), ("opd", config.schedule.opd_steps)) if steps]
-    if config.method != "copd":
-        phases = ["rl"]
-    swaps = dict.fromkeys(phases, num_experts if engine == "sglang" else 0)
+    swaps = dict.fromkeys(phases if config.method == "copd" else ["rl"], num_experts)
+    if config.method in ("static_opd", "mopd"):
+        swaps = {"rl": num_experts - 1, "opd": 1}  # the experts, then the student
+    if engine != "sglang":
+        swaps = dict.fromkeys(swaps, 0)
     adapters = num_experts * sizes.trained_bytes if engine == "sglang" and config.model.lora is not None else 0
     return Moves(
         swap_bytes=sizes.trained_bytes if engine == "sglang" else 0,

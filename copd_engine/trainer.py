@@ -127,8 +127,8 @@ class Trainer:
         done, first = self._resume(), self.schedule.first_step
         with MetricsLog(self.run_dir, tensorboard=self.config.tensorboard, resume_step=done) as log:
             if done is None:
-                self._take_experts()
                 log.write(self._base_record())
+                self._take_experts()
             else:
                 first = done + 1
             self._started = time.perf_counter()
@@ -317,6 +317,8 @@ class Trainer:
             self.steps.rollouts_drawn[name], self.steps.steps_taken[name] = row["rollouts"], row["steps"]
             self.steps.work[name] = work_of(row)
             self._equal_steps_rows.append({**row, "model": f"expert:{name}{EQUAL_STEPS}"})
+        if self._angles:
+            self._angles = UpdateAngles(self.branches)
         self.steps.sync()
 
     def _stop_if_diverged(self) -> None:

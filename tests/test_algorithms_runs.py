@@ -41,6 +41,7 @@ def config_of(material: tuple[Path, Path], folder: Path, method: str, **changes:
         "schedule": {"cycles": 1, "rl_steps": 2, "opd_steps": 1},
         "eval": {"every": 2, "num_prompts": 2, "final_num_prompts": 3},
         "checkpoint": {"every": 1, "keep": 9},
+        "diagnostics": {"every": 0, "num_prompts": 1, "update_angle": True},
         **changes,
     }
     config = small_config(*material, folder, **settings)
@@ -155,6 +156,9 @@ def test_taking_the_experts_gives_bitwise_the_single_run(
     taken = run(config_of(material, tmp_path, method, **changes))
     assert [record["step"] for record in read_metrics(taken)] == [0, 4, 5]
     assert numbers(taken)[1:] == numbers(whole)[4:]
+    # Its line 0 is the base's, not the experts'.
+    assert read_metrics(taken)[0]["evaluate"]["text"] == read_metrics(whole)[0]["evaluate"]["text"]
+    assert read_metrics(taken)[0]["diagnostics"]["pairs"][0]["symmetric_kl"] == pytest.approx(0, abs=1e-9)
     label = "static-OPD-image-to-text" if method == "static_opd" else "MOPD"
     assert same(weights(taken / "models" / label), weights(whole / "models" / label))
     assert rows_of(taken) == rows_of(whole)
