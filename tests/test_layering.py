@@ -109,7 +109,13 @@ LEVELS = {
 }
 # The nouns of the project: anything may import them, and they import nothing of ours. A package of which only the parts
 # have levels is as low, because importing a part imports it.
-BELOW_ALL = {"copd_engine", "copd_engine.__main__", "copd_engine.types", "copd_engine.testbed", "copd_engine.evaluation"}
+BELOW_ALL = {
+    "copd_engine",
+    "copd_engine.__main__",
+    "copd_engine.types",
+    "copd_engine.testbed",
+    "copd_engine.evaluation",
+}
 # Where an outside package may be imported at all.
 HOMES = {
     "transformers": ("copd_engine.models", "copd_engine.testbed"),
