@@ -164,6 +164,20 @@ def test_taking_the_experts_gives_bitwise_the_single_run(
     assert rows_of(taken) == rows_of(whole)
 
 
+def test_taking_the_experts_gives_bitwise_the_single_student_in_bf16(
+    material: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A student starts from what its expert's model holds, not from the fp32 masters, which are not saved."""
+    changes = {"model": {"dtype": "bfloat16"}, "static_opd": STATIC["static_opd"]}
+    whole = run(config_of(material, tmp_path / "whole", "static_opd", **changes))
+    experts = run(config_of(material, tmp_path, "expert", **changes))
+    changes["static_opd"] = {**STATIC["static_opd"], "experts": str(experts)}
+    taken = run(config_of(material, tmp_path / "taken", "static_opd", **changes))
+    model = "models/static-OPD-image-to-text"
+    assert same(weights(taken / model), weights(whole / model))
+    assert rows_of(taken) == rows_of(whole)
+
+
 def test_behind_single_experts_a_baseline_takes_them(
     material: tuple[Path, Path], static: Path, expert: Path, tmp_path: Path
 ) -> None:

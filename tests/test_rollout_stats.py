@@ -29,12 +29,12 @@ def stats(groups: list[list[float]], terms: bool = True) -> dict[str, float | No
 
 
 def test_shares_of_groups_that_are_all_right_or_all_wrong() -> None:
-    found = stats([[1, 1, 1], [0, 0], [1, 0, 1], [1, 1, 0.5], [0, 0, 0]])
-    assert found["all_right_fraction"] == pytest.approx(1 / 5)
-    assert found["all_wrong_fraction"] == pytest.approx(2 / 5)
-    spread = [0.0, 0.0, statistics.pstdev([10, 0, 10]), statistics.pstdev([10, 10, 5]), 0.0]
-    assert found["reward_std_mean"] == pytest.approx(sum(spread) / 5)
-    assert found["response_tokens_max"] == 6
+    found = stats([[1, 1, 1], [0, 0], [1, 0, 1], [1, 1, 0.5], [0.5, 0.4], [0, 0, 0]])
+    assert found["all_right_fraction"] == pytest.approx(1 / 6)
+    assert found["all_wrong_fraction"] == pytest.approx(2 / 6)
+    spread = [0.0, 0.0, statistics.pstdev([10, 0, 10]), statistics.pstdev([10, 10, 5]), 0.5, 0.0]
+    assert found["reward_std_mean"] == pytest.approx(sum(spread) / 6)
+    assert found["response_tokens_max"] == 7
 
 
 def test_without_a_verifier_the_whole_reward_counts() -> None:
