@@ -191,11 +191,12 @@ class StepRunner:
         return begun
 
     def _check_versions(self, student: str, rollouts: Sequence[Rollout]) -> None:
+        current, allowed = self.branches[student].version, self.config.rollout.max_staleness
         for rollout in rollouts:
-            if rollout.weight_version != self.branches[student].version:
+            if not current - allowed <= rollout.weight_version <= current:
                 raise RuntimeError(
                     f"the engine sampled with version {rollout.weight_version} of {student!r}, "
-                    f"the trainer is at {self.branches[student].version}"
+                    f"the trainer is at {current} (rollout.max_staleness = {allowed})"
                 )
 
 

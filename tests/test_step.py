@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,25 @@ def test_a_verifier_that_fails_leaves_the_engine_idle(material, tmp_path, monkey
         trainer.steps.roll_out(trainer.schedule.plan(1), Timer())
     trainer.engine.sleep()  # RuntimeError while it samples
     del error  # whose frames would have kept the generator alive
+
+
+@pytest.mark.parametrize(
+    ("sampled_with", "allowed", "fails"), [(4, 0, True), (4, 1, False), (3, 1, True), (6, 1, True)]
+)
+def test_tokens_of_an_unexpected_version_are_not_trained_on(material, tmp_path, sampled_with, allowed, fails) -> None:
+    """The embedded engine is told version ``sampled_with`` while the branches are at 5."""
+    trainer = trainer_of(material, tmp_path)
+    trainer.steps.config = trainer.config.model_copy(
+        update={"rollout": trainer.config.rollout.model_copy(update={"max_staleness": allowed})}
+    )
+    for branch in trainer.branches.values():
+        branch.version = sampled_with
+    trainer.steps.sync()
+    for branch in trainer.branches.values():
+        branch.version = 5
+    expected = pytest.raises(RuntimeError, match=f"sampled with version {sampled_with} of 'text', the trainer is at 5")
+    with expected if fails else nullcontext():
+        trainer.steps.roll_out(trainer.schedule.plan(1), Timer())
 
 
 def test_the_engine_sleeps_after_it_was_woken_to_measure(material, tmp_path) -> None:
