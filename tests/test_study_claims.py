@@ -185,32 +185,26 @@ def test_seeds_that_are_missing_are_left_out_and_all_missing_is_said(tmp_path: P
 
 
 def test_the_table_says_how_many_claims_were_tested(tmp_path: Path) -> None:
-    """Differences of .1 with a spread of .01 are decided, with Bonferroni's correction too; one of .008 is not."""
-    spread = {1: 0, 2: 1, 3: 2}
+    """Differences with a spread of .01 over three seeds: half an interval is .025, with Bonferroni's correction .051."""
+    spread = {1: -0.01, 2: 0.0, 3: 0.01}
 
     def write(study: Any) -> None:
         for seed in study.seeds:
-            models = {
-                "base": {"text": [0.5] * 20},
-                "weak": {"text": [0.5 + 0.01 * (spread[seed] - 0.2)] * 20},
-                "merged": {"text": [0.6 + 0.01 * spread[seed]] * 20},
-            }
-            write_run(study, "copd", seed, models)
+            models = {name: {"text": [0.5 + above + spread[seed]] * 20} for name, above in differences.items()}
+            write_run(study, "copd", seed, {"base": {"text": [0.5] * 20}, **models})
 
-    claims = [
-        {"claim": "merged is above base", "better": "copd", "than": "copd/base"},
-        {"claim": "base is above merged", "better": "copd/base", "than": "copd"},
-        {"claim": "weak is above base", "better": "copd/weak", "than": "copd/base"},
-    ]
+    differences = {"weak": 0.008, "middle": 0.035, "merged": 0.11}
+    claims = [{"claim": f"{n} is above base", "better": f"copd/{n}", "than": "copd/base"} for n in differences]
+    claims.append({"claim": "base is above merged", "better": "copd/base", "than": "copd"})
     study = study_of(tmp_path, claims=claims)
     write(study)
     found = measure_claims(study, Results(study))
-    assert [m.outcome for m in found] == ["holds", "does not hold", "not decided"]
-    assert [m.survives_correction for m in found] == [True, True, False]
+    assert [m.outcome for m in found] == ["not decided", "holds", "holds", "does not hold"]
+    assert [m.survives_correction for m in found] == [False, False, True, True]
     note = claims_note(found)
-    assert "3 claims were tested: 1 hold, 1 do not hold, 1 are not decided" in note
-    assert "2 (marked *) stay so with intervals at 98.33 %" in note
+    assert "4 claims were tested: 2 hold, 1 do not hold, 1 are not decided" in note
+    assert "of the 3 decided ones 2 (marked *) stay so with intervals at 98.75 %" in note
     rows = claims_table(found).rows
-    assert rows[0][0] == "merged is above base"
-    assert rows[0][2].startswith("+11.0 [+8.5, +13.5]")
-    assert [row[-1] for row in rows] == ["holds *", "does not hold *", "not decided"]
+    assert rows[2][0] == "merged is above base"
+    assert rows[2][2] == "+11.0 [+8.5, +13.5]"
+    assert [row[-1] for row in rows] == ["not decided", "holds", "holds *", "does not hold *"]
