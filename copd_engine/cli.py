@@ -148,8 +148,9 @@ def run_a_study(
         typer.echo("copd: stopped; the same command goes on", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"page: {write_page(study, _command(), errors, markdown, fast)}")
+    for unit, error in errors.items():
+        typer.echo(f"copd: {unit} failed: {error}", err=True)
     if errors:
-        typer.echo(f"copd: {len(errors)} units failed: {', '.join(errors)}", err=True)
         raise typer.Exit(1)
 
 

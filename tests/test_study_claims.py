@@ -185,7 +185,7 @@ def test_seeds_that_are_missing_are_left_out_and_all_missing_is_said(tmp_path: P
 
 
 def test_the_table_says_how_many_claims_were_tested(tmp_path: Path) -> None:
-    """Differences with a spread of .01 over three seeds: half an interval is .025, with Bonferroni's correction .051."""
+    """Three seeds with a spread of .01: half an interval is .025, with Bonferroni's correction for four claims .051."""
     spread = {1: -0.01, 2: 0.0, 3: 0.01}
 
     def write(study: Any) -> None:

@@ -143,7 +143,7 @@ def test_what_is_written_out_stands_beside_the_defaults(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path, **data))
     assert list(study.variants) == ["expert", "copd", "half"]
     assert study.claims[-1].claim == "longer is better"
-    assert study.claims[0].claim == "CoPD is above average of the experts"
+    assert study.claims[0].claim == "CoPD is above the average of the experts"
 
 
 # Errors

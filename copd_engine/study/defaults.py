@@ -53,7 +53,8 @@ def _of_copd(names: list[str], rows: dict[str, str], experts: bool) -> dict[str,
     """Claims and figures about CoPD: above every other method, level with the experts on their own, and its phases."""
     variants = {label: model for label, model in rows.items() if "/" not in model and model != "copd"}
     claims: list[dict[str, Any]] = [
-        {"claim": f"CoPD is above {label}", "better": "copd", "than": model} for label, model in variants.items()
+        {"claim": f"CoPD is above {_with_article(label)}", "better": "copd", "than": model}
+        for label, model in variants.items()
     ]
     if experts:
         claims += [
@@ -83,3 +84,7 @@ def _of_copd(names: list[str], rows: dict[str, str], experts: bool) -> dict[str,
         {"title": "Symmetric KL", "measure": "symmetric_kl", "lines": lines},
     ]
     return {"claims": claims, "steps": steps}
+
+
+def _with_article(label: str) -> str:
+    return f"the {label}" if label.startswith("average") else label

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from copd_engine.report.curves import BRANCH_COLORS
-from copd_engine.report.figures import STYLE, png_bytes
+from copd_engine.report.figures import PHASE_COLOR, STYLE, png_bytes
+from copd_engine.report.run import phase_spans
 from copd_engine.study.claims import overlap_and_gain, pooled_correlation
 from copd_engine.study.config import PILOT, Measure, StepsConfig, StudyConfig, SweepConfig
 from copd_engine.study.results import Results
@@ -43,7 +44,7 @@ def draw_study(study: StudyConfig, results: Results) -> list[Picture]:
         for steps in study.steps:
             ax = _axes()
             if _draw_steps(ax, steps, results):
-                caption = "Mean over pairs of branches and seeds; band: 95 % interval over seeds."
+                caption = "Mean over pairs of branches and seeds; band: 95 % interval over seeds; shaded: phase II."
                 pictures.append(_picture(ax, steps.title, caption))
         for sweep in study.sweeps:
             ax = _axes()
@@ -89,10 +90,20 @@ def _draw_steps(ax: Axes, config: StepsConfig, results: Results) -> bool:
         ax.plot(steps, [i.value for i in intervals], color=color, label=label, marker=".", markersize=4)
         low, high = ([getattr(i, end) for i in intervals] for end in ("low", "high"))
         ax.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    for variant in config.lines.values():
+        _shade_phase_2(ax, variant, results)
     ax.set(xlabel="optimizer step", ylabel=LABELS[config.measure])
     if config.measure == "symmetric_kl" and drawn:
         ax.set_yscale("log")
     return drawn
+
+
+def _shade_phase_2(ax: Axes, variant: str, results: Results) -> None:
+    """Where the first finished seed of a variant has its phases II; a fixed schedule has them there in all."""
+    seed = next((seed for seed in results.seeds if (variant, seed) in results.finished), None)
+    for span in phase_spans(results.records(variant, seed)) if seed is not None else ():
+        if span.phase == "opd":
+            ax.axvspan(span.first_step - 1, span.last_step, color=PHASE_COLOR, linewidth=0, zorder=0)
 
 
 def _draw_sweep(ax: Axes, config: SweepConfig, results: Results) -> bool:
