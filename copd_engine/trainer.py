@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,26 @@ import torch
 from tqdm import tqdm
 
 from copd_engine import checkpoint, run_folder
-from copd_engine.algorithms import MIXED, STUDENT, Schedule, StepPlan, betas_of, final_model
+from copd_engine.algorithms import Schedule, StepPlan, betas_of
 from copd_engine.branch import Branch
-from copd_engine.config import MergeConfig, RunConfig
+from copd_engine.config import RunConfig
 from copd_engine.diagnostics import BASE, UpdateAngles, change_cosines, compare_branches
-from copd_engine.evaluate import Accuracy, evaluate
 from copd_engine.experts import EQUAL_STEPS, experts_of
 from copd_engine.flops import Work
 from copd_engine.gpu_meter import GpuMeter
-from copd_engine.inputs import held_out_prompts, load_train_examples, prompt_sources
-from copd_engine.merge import merge
-from copd_engine.merge.search import SEARCH_FILE, search
+from copd_engine.held_out import HeldOut
+from copd_engine.inputs import load_train_examples, prompt_sources
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, step_tokens, system_stats
-from copd_engine.models.base import Policy, PromptEncoder
+from copd_engine.model_rows import ModelRows
 from copd_engine.models.loading import load_model
 from copd_engine.resolve import resolve
-from copd_engine.result import accuracy_row, result_row, save_model, sorted_rows, work_of
-from copd_engine.rollout.base import RolloutEngine
-from copd_engine.rollout.embedded import EmbeddedEngine
+from copd_engine.result import accuracy_row, sorted_rows, work_of
 from copd_engine.rollout.select import create_engine
-from copd_engine.step import StepRunner, Timer, derive_seed
-from copd_engine.types import Rollout, RolloutRequest, UserError
+from copd_engine.step import StepRunner, Timer
+from copd_engine.types import UserError
 from copd_engine.verifiers import shared_pool
 
 MAX_SKIPPED_IN_A_ROW = 10
-SAMPLES_PER_DOMAIN = 3
 
 
 class Trainer:
@@ -96,11 +90,9 @@ class Trainer:
             parameter.data = parameter.data.cpu()
         streams = prompt_sources(config, self.schedule.students, examples, self.encoder)
         self.steps = StepRunner(config, self.branches, self.engine, streams)
-        self._held_out = {
-            branch.name: held_out_prompts(config, number, self.encoder, config.eval.final_num_prompts)
-            for number, branch in enumerate(config.branches)
-        }
-        self._probes = self._probe_requests()
+        self._held_out = HeldOut(config, self.encoder, run_dir)
+        self._probes = self._held_out.probes(config.diagnostics.num_prompts)
+        self.rows = ModelRows(config, run_dir, self.base, self.encoder, self.branches, self.steps, self._held_out)
         self._angles = UpdateAngles(self.branches) if config.diagnostics.update_angle else None
         self._equal_steps_rows: list[dict[str, Any]] = []
         self._last_checkpoint: Path | None = None
@@ -159,9 +151,9 @@ class Trainer:
                     tqdm.write(_accuracy_line(self.config.method, record))
                 self._stop_if_diverged()
                 if step == self.schedule.equal_steps:
-                    self._equal_steps_rows += self._merged_rows(EQUAL_STEPS)
+                    self._equal_steps_rows += self.rows.of_result(EQUAL_STEPS)
                 if step == self.schedule.experts_step:
-                    self._equal_steps_rows += self._branch_rows("expert", EQUAL_STEPS)
+                    self._equal_steps_rows += self.rows.of_branches("expert", EQUAL_STEPS)
                 begin = time.perf_counter()
                 if _due(step, self.config.checkpoint.every) or step == self.schedule.num_steps:
                     self._save(step)
@@ -201,14 +193,10 @@ class Trainer:
 
     # Measuring
 
-    def _probe_requests(self) -> list[RolloutRequest]:
-        prompts = [p for rows in self._held_out.values() for p in rows[: self.config.diagnostics.num_prompts]]
-        return [RolloutRequest(p, derive_seed(self.config.seed, "probe", i), i) for i, p in enumerate(prompts)]
-
     def _diagnose(self, models: Sequence[str]) -> dict[str, Any]:
         """Distances and angles between these models; ``base``: of each from the base."""
         branches = {name: self.branches[name] for name in models}
-        base = self._model_of(self.base.full_parameters()) if self._base_on_host else self.base
+        base = self.rows.model_of(self.base.full_parameters()) if self._base_on_host else self.base
         settings = self.config.diagnostics
         rows = compare_branches(branches, self.engine, self._probes, self.steps.sampling, settings.top_k, base)
         start = self.base.full_parameters()
@@ -227,7 +215,7 @@ class Trainer:
     def _base_record(self) -> dict[str, Any]:
         """Step 0: all branches still equal the base."""
         first = next(iter(self.branches))
-        accuracy = self._evaluate_one(self.engine, first, self.config.eval.num_prompts)[0]
+        accuracy = self._held_out.evaluate(self.engine, first, self.config.eval.num_prompts)[0]
         diagnostics = self._diagnose(self.schedule.plan(self.schedule.first_step).models)
         self.engine.sleep()
         return {
@@ -245,23 +233,10 @@ class Trainer:
     def _evaluate_branches(self, plan: StepPlan) -> dict[str, dict[str, float]]:
         rows = {}
         for name in plan.students:
-            accuracies, samples = self._evaluate_one(self.engine, name, self.config.eval.num_prompts)
+            accuracies, samples = self._held_out.evaluate(self.engine, name, self.config.eval.num_prompts)
             rows[name] = accuracy_row(accuracies)
-            self._keep_samples(plan.step, name, samples)
+            self._held_out.keep_samples(plan.step, name, samples)
         return rows
-
-    def _evaluate_one(
-        self, engine: RolloutEngine, expert: str, num_prompts: int
-    ) -> tuple[dict[str, Accuracy], list[tuple[str, Rollout, float]]]:
-        seed = derive_seed(self.config.seed, "eval")
-        return evaluate(engine, expert, self._held_out, self.steps.sampling, seed, num_prompts)
-
-    def _keep_samples(self, step: int, model: str, samples: Sequence[tuple[str, Rollout, float]]) -> None:
-        kept: dict[str, int] = defaultdict(int)
-        for domain, rollout, reward in samples:
-            if kept[domain] < SAMPLES_PER_DOMAIN:
-                kept[domain] += 1
-                run_folder.save_sample(self.run_dir, step, model, domain, rollout, reward)
 
     # Checkpoint, resume, end
 
@@ -332,12 +307,12 @@ class Trainer:
     def _finish(self, baseline_rows: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
         """Evaluate, merge, save in Hugging Face format, write ``result.json``."""
         train_s = self._elapsed()
-        rows = [self._row("base", "base", self._model_of(self.base.full_parameters()), [])]
+        rows = [self.rows.of_base()]
         if self.config.method in ("copd", "expert"):
-            rows += self._branch_rows("expert" if self.config.method == "expert" else "branch")
-        rows += self._merged_rows()
+            rows += self.rows.of_branches("expert" if self.config.method == "expert" else "branch")
+        rows += self.rows.of_result(samples_step=self.schedule.num_steps)
         result = {
-            "domains": list(self._held_out),
+            "domains": list(self.config.branch_names),
             "rows": sorted_rows([*rows, *self._equal_steps_rows, *baseline_rows()]),
             "command": self._command,
             "machine": run_folder.machine(),
@@ -351,61 +326,6 @@ class Trainer:
         }
         run_folder.write_json(self.run_dir / run_folder.RESULT, result)
         return result
-
-    def _merged_rows(self, suffix: str = "") -> list[dict[str, Any]]:
-        """The row of the model that the run is for: the merge of its branches, or the one that everything went into."""
-        label, kind = final_model(self.config)
-        single = next((name for name in (MIXED, STUDENT) if name in self.branches), None)
-        if single is not None:
-            return [self._row(label + suffix, kind, self.branches[single].policy, self.branches)]
-        if len(self.branches) == 1:
-            return []
-        return [self._row(label + suffix, kind, self._model_of(self.merged_parameters()), self.branches)]
-
-    def _branch_rows(self, kind: str, suffix: str = "") -> list[dict[str, Any]]:
-        """A row for each branch as it stands now."""
-        own = {name: branch for name, branch in self.branches.items() if name != STUDENT}
-        return [self._row(f"{kind}:{name}{suffix}", kind, branch.policy, [name]) for name, branch in own.items()]
-
-    def _row(self, label: str, kind: str, policy: Policy, made_of: Iterable[str]) -> dict[str, Any]:
-        """Evaluate a model, keep some samples, save it unless it is the base; ``made_of``: whose training it took."""
-        engine = _evaluation_engine(self.config, label, policy, self.encoder)
-        accuracies, samples = self._evaluate_one(engine, label, self.config.eval.final_num_prompts)
-        if label == final_model(self.config)[0]:
-            self._keep_samples(self.schedule.num_steps, label, samples)
-        run_folder.save_scores(self.run_dir, label, samples)
-        if kind != "base":
-            save_model(policy, self.encoder, self.run_dir / "models" / run_folder.file_name(label))
-        names = list(made_of)
-        return result_row(
-            label,
-            kind,
-            accuracies,
-            rollouts=sum(self.steps.rollouts_drawn[name] for name in names),
-            steps=sum(self.steps.steps_taken[name] for name in names),
-            work=sum((self.steps.work[name] for name in names), Work()),
-        )
-
-    def _model_of(self, tensors: Mapping[str, torch.Tensor]) -> Policy:
-        """The plain model with these weights, by Hugging Face names, on the run's device."""
-        policy = self.base.with_full_parameters(tensors)
-        policy.module.to(self.config.device)
-        return policy
-
-    def merged_parameters(self) -> dict[str, torch.Tensor]:
-        """theta*, the merge of the branches as they are now, by Hugging Face names."""
-        branches = {name: branch.full_parameters() for name, branch in self.branches.items()}
-        base, recipe = self.base.full_parameters(), self.config.merge
-        if recipe.method == "search":
-
-            def model_of(candidate: MergeConfig) -> tuple[Policy, PromptEncoder]:
-                return self._model_of(merge(base, branches, candidate)), self.encoder
-
-            found = search(self.config, len(branches), model_of, self.config.eval.final_num_prompts)
-            run_folder.write_json(self.run_dir / SEARCH_FILE, found.as_json())
-            tqdm.write(found.table())
-            recipe = found.best
-        return merge(base, branches, recipe)
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.perf_counter() - self._started
@@ -437,8 +357,3 @@ def _accuracy_line(method: str, record: dict[str, Any]) -> str:
         for branch, row in record["evaluate"].items()
     ]
     return f"{method} step {record['step']} held-out accuracy  " + "  |  ".join(rows)
-
-
-def _evaluation_engine(config: RunConfig, label: str, policy: Policy, encoder: PromptEncoder) -> EmbeddedEngine:
-    """For a model that is no expert of the run's engine, such as the merge."""
-    return EmbeddedEngine({label: policy}, encoder, config.rollout.max_running, config.rollout.max_cached_tokens)

@@ -80,6 +80,8 @@ LEVELS = {
     "copd_engine.plan": 3.6,
     "copd_engine.plan_changes": 3.7,
     "copd_engine.plan_text": 3.8,
+    "copd_engine.held_out": 3.8,
+    "copd_engine.model_rows": 3.9,
     "copd_engine.trainer": 4,
     "copd_engine.distributed": 4,
     "copd_engine.testbed.build": 4,

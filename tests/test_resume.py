@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 import copd_engine.report
-from copd_engine import checkpoint, cli, run_folder, runs, trainer
+from copd_engine import checkpoint, cli, model_rows, run_folder, runs
 from copd_engine.checkpoint import MANIFEST, complete_checkpoints, read_manifest
 from copd_engine.config import RunConfig, build_config
 from copd_engine.data import DataStream
@@ -155,7 +155,7 @@ MOMENTS: dict[str, list[At]] = {
     "before the first line of all": [At(MetricsLog, "write", 1)],
     "in the baseline, before its first checkpoint": [At(MetricsLog, "write", 3, instead=half_a_log_line)],
     "in the baseline, past a checkpoint": [At(MetricsLog, "write", 6)],
-    "at the end of the baseline, before its result": [At(trainer, "save_model", 4)],
+    "at the end of the baseline, before its result": [At(model_rows, "save_model", 4)],
     "between the baseline and the run": [At(MetricsLog, "write", LINES + 1)],
     "in the run, before its first checkpoint": [At(MetricsLog, "write", LINES + 2, after=True)],
     "between a step's line and its checkpoint": [At(MetricsLog, "write", LINES + 3, after=True)],
@@ -166,7 +166,7 @@ MOMENTS: dict[str, list[At]] = {
     "in the middle of a line": [At(MetricsLog, "write", LINES + 4, instead=half_a_log_line)],
     "in the middle of a sample": [At(run_folder, "save_sample", 40, instead=half_a_sample)],
     "in the middle of a picture": [At(run_folder.Image.Image, "save", 1, instead=half_a_picture)],
-    "between the models": [At(trainer, "save_model", 7, after=True)],
+    "between the models": [At(model_rows, "save_model", 7, after=True)],
     "before the result": [At(run_folder, "write_json", 2)],
     "before the report": [At(copd_engine.report, "write_report", 1)],
     "three times": [

@@ -181,7 +181,7 @@ def test_weighted_merge(material: tuple[Path, Path], tmp_path: Path) -> None:
         for branch in trainer.branches.values():
             for parameter in branch.parameters.values():
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(branch.name))))
-    for name, value in trainer.merged_parameters().items():
+    for name, value in trainer.rows.merged_parameters().items():
         text, image = (trainer.branches[d].parameters[name].double() - base[name].double() for d in ("text", "image"))
         torch.testing.assert_close(
             value.double(), base[name].double() + 0.75 * text + 0.25 * image, atol=1e-6, rtol=1e-6

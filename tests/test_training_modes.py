@@ -127,6 +127,6 @@ def test_bf16_branches_are_merged_from_their_masters(material: tuple[Path, Path]
             branch.masters.tensors[name].fill_(1 + share * 2.0**-7)
         branch.masters.round_into_model()
     assert sorted({float(b.parameters[name][0]) for b in trainer.branches.values()}) == [1.0, 1 + 2.0**-7]
-    merged = trainer.merged_parameters()[name]
+    merged = trainer.rows.merged_parameters()[name]
     assert merged.dtype == torch.bfloat16
     assert set(merged.tolist()) == {1 + 2.0**-7}
