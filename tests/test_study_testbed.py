@@ -61,6 +61,7 @@ def test_all_of_it_runs(tmp_path: Path, copd: Callable[..., Ended]) -> None:
     root = tmp_path / "testbed-fast"
     units = {path.parent.name for path in root.glob("seed-1/*/result.json")}
     assert units == {*study.variants, "pilot"}
+    assert not list(root.rglob("checkpoints"))
     methods = {json.loads(p.read_text()).get("method") for p in root.glob("seed-1/*/result.json")}
     assert methods == {"copd", "expert", "mixed", "static_opd", "mopd", None}  # None: the pilot
     text = (tmp_path / "results.md").read_text()

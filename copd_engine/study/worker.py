@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from copd_engine.run_folder import CHECKPOINTS
 from copd_engine.study.config import PILOT, PilotConfig
 from copd_engine.study.plan import Unit
 from copd_engine.types import UserError
@@ -123,6 +125,8 @@ def _train(job: Job) -> None:
         from copd_engine.trainer import Trainer
 
         Trainer(unit.config, unit.folder, job.command).run()
+        # Nobody goes on from a finished unit; of a large model they would be most of the study's disk.
+        shutil.rmtree(unit.folder / CHECKPOINTS)
 
 
 def _cpu_seconds() -> float:
