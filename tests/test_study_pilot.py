@@ -83,3 +83,27 @@ def test_the_student_learns_from_the_teacher_alone(
     assert sum(kls[-4:]) < sum(kls[:4])
     first, last = seen[0][1], seen[-1][1]
     assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_the_pilot_distils_as_the_study_does(
+    experts: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its signal over the vocabulary, and an objective with a reference."""
+    config, folder = experts
+    seen: list[dict[str, object]] = []
+    runner = pilot_module.StepRunner
+
+    class Watched(runner):  # type: ignore[valid-type,misc]
+        def run(self, plan: object, timer: object) -> object:
+            metrics = super().run(plan, timer)
+            seen.append(metrics["student"]["terms"]["opd:image"])
+            return metrics
+
+    monkeypatch.setattr(pilot_module, "StepRunner", Watched)
+    changed = config.model_dump(mode="json") | {
+        "distillation": {"signal": "full"},
+        "objective": {"kl": {"weight": 0.1}},
+    }
+    pilot = PILOT.model_copy(update={"fractions": (1.0,), "opd_steps": 1})
+    run_pilot(build_config(changed), pilot, folder, tmp_path)
+    assert "exact_reverse_kl" in seen[0]

@@ -51,7 +51,7 @@ def run_pilot(config: RunConfig, pilot: PilotConfig, experts: Path, folder: Path
     wanted = [(name, fraction) for name in pilot.students for fraction in pilot.fractions]
     for name, fraction in tqdm(wanted[len(points) :], desc="pilot", initial=len(points), total=len(wanted)):
         student = _between(base, _expert(config, experts, name), fraction)
-        point = _distil(config, pilot, base.with_full_parameters(student), teacher, encoder)
+        point = _distil(config, pilot, base, base.with_full_parameters(student), teacher, encoder)
         points.append({"student": name, "fraction": fraction, **point})
         run_folder.write_json(file, {"points": points})
     result = {
@@ -78,13 +78,15 @@ def _between(base: Policy, expert: Policy, fraction: float) -> dict[str, torch.T
 
 
 def _distil(
-    config: RunConfig, pilot: PilotConfig, student: Policy, teacher: Policy, encoder: PromptEncoder
+    config: RunConfig, pilot: PilotConfig, base: Policy, student: Policy, teacher: Policy, encoder: PromptEncoder
 ) -> dict[str, float]:
     """Measure, distil, measure again."""
     number = config.branch_names.index(pilot.teacher)
     temperature, beta = config.rollout.temperature, config.branches[number].beta
+    objective = config.objective
+    reference = base if objective.kl.weight > 0 else None
     branches = {
-        name: Branch(name, policy, encoder, config.optim, config.objective, temperature, beta)
+        name: Branch(name, policy, encoder, config.optim, objective, temperature, beta, config.distillation, reference)
         for name, policy in ((STUDENT, student), (pilot.teacher, teacher))
     }
     held_out = held_out_prompts(config, number, encoder, config.eval.final_num_prompts)
