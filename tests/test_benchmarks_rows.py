@@ -110,7 +110,18 @@ def test_open_questions_with_several_golds(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("gold", "right", "wrong"),
-    [("$6,000", r"\boxed{6000}", r"\boxed{600}"), ("no effect", r"\boxed{No effect}", r"\boxed{an effect}")],
+    [
+        ("$6,000", r"\boxed{6000}", r"\boxed{600}"),
+        ("no effect", r"\boxed{No effect}", r"\boxed{an effect}"),
+        (r"-\sqrt{3}", r"\boxed{-3^{1/2}}", r"\boxed{\sqrt{3}}"),
+        (r"$-\sqrt{3}$", r"\boxed{-\sqrt{3}}", r"\boxed{\sqrt{3}}"),
+        ("(0, 1]", r"\boxed{(0,1]}", r"\boxed{[0, 1)}"),
+        ("-2x + 1", r"\boxed{1 - 2x}", r"\boxed{2x + 1}"),
+        (r"\text{No effect}", r"\boxed{no effect}", r"\boxed{effect}"),
+        ("A+", r"\boxed{a+}", r"\boxed{A-}"),
+        ("post-war (Berlin)", r"\boxed{Post-war, Berlin}", r"\boxed{war, Berlin}"),
+        (r"\sqrt{3", r"The answer is \sqrt{3", r"\boxed{3}"),
+    ],
 )
 def test_open_questions(tmp_path: Path, gold: str, right: str, wrong: str):
     (example,) = read("mmmu", parquet(tmp_path / "a.parquet", [mmmu_row(1, question_type="open", answer=gold)]))

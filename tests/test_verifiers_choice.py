@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from copd_engine.types import Example, UserError
 from copd_engine.verifiers import check_example, get_verifier
+from copd_engine.verifiers.choice import chosen_letters
+from copd_engine.verifiers.text import normalize
 
 CITIES = ["Paris", "Rome", "Berlin", "The Hague"]
 
@@ -183,6 +185,66 @@ def test_an_option_whose_text_is_a_letter() -> None:
     assert score("The answer is A", "A", ["B", "A"]) == 1.0
     assert score("The answer is B", "A", ["B", "A"]) == 0.0
     assert score("A and C", "D", ["1", "2", "3", "A and C"]) == 1.0
+
+
+ROOTS = ["$\\sqrt{3}$", "$-\\sqrt{3}$", "$1$", "$-1$"]
+INTERVALS = ["(0, 1]", "[0, 1)", "(0, 1)", "[0, 1]"]
+FORMS = [r"\boxed{{{letter}}}", r"\boxed{{{letter}. {text}}}", "The answer is ({letter}) {text}", r"\boxed{{{text}}}"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [ROOTS, INTERVALS, ["3", "4", "5", "6"], ["2-1", "2+1", "2*1", "21"]])
+def test_signs_and_brackets_tell_options_apart(options: list[str], form: str) -> None:
+    for letter, text in zip("ABCD", options, strict=True):
+        response = form.format(letter=letter, text=text)
+        assert [score(response, other, options) for other in "ABCD"] == [float(other == letter) for other in "ABCD"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "letter"),
+    [(["3", "4", "5", "6"], "5", "C"), (["dog", "bird", "cat", "cow"], "cat", "C"), (INTERVALS, "(0, 1]", "A")],
+)
+def test_a_label_beside_another_option_s_text_is_no_answer(options: list[str], text: str, letter: str) -> None:
+    """Not for A either, which looks like an article."""
+    for label in "ABCD":
+        for form in (r"\boxed{{{}. {}}}", "The answer is {}) {}", "({}) {}"):
+            found = chosen_letters(form.format(label, text), gold("A", options))
+            assert found == (label if label == letter else None)
+
+
+def test_texts_that_two_options_share() -> None:
+    """They differ in what is not compared; the label decides."""
+    options = ["Cat", "cat.", "CAT!", "dog"]
+    assert chosen_letters("a cat", gold("A", options)) is None
+    assert chosen_letters("dog", gold("A", options)) == "D"
+    for letter, text in zip("ABCD", options, strict=True):
+        assert chosen_letters(rf"\boxed{{{letter}. {text}}}", gold("A", options)) == letter
+    assert chosen_letters("Cat", gold("A", options)) == "A"  # letter by letter it is but one
+    assert chosen_letters("C. elegans", gold("A", ["C. elegans", "E. coli"])) == "A"
+    with pytest.raises(UserError, match=r"answer = 'a cat': must be letters"):
+        check_example(gold("a cat", options))
+
+
+SIGNED = st.builds("{}{}".format, st.sampled_from(["", "-", "+"]), st.sampled_from(["1", "12", "x", "2.5", "1/2"]))
+TERM = SIGNED | st.builds("{}\\sqrt{{{}}}".format, st.sampled_from(["", "-", "2"]), st.sampled_from("235"))
+SUM = st.builds("{} {} {}".format, TERM, st.sampled_from("-+"), TERM)
+INTERVAL = st.builds("{}{}, {}{}".format, st.sampled_from("(["), TERM, TERM, st.sampled_from(")]"))
+NAMES = st.sampled_from(["red", "a dog", "the dog", "The Hague", "well-known", "New York (city)", "5 km/h", "50 %"])
+TEXT = (TERM | SUM | INTERVAL | NAMES) | TERM.map("${}$".format)
+
+
+@given(options=st.lists(TEXT.filter(lambda text: text != "x"), min_size=2, max_size=6, unique_by=normalize))
+def test_every_option_is_read_as_itself(options: list[str]) -> None:
+    for letter, text in zip("ABCDEF", options, strict=False):
+        forms = (
+            rf"\boxed{{{letter}}}",
+            rf"\boxed{{{letter}. {text}}}",
+            f"({letter}) {text}",
+            text,
+            rf"\boxed{{{text}}}",
+        )
+        for response in forms:
+            assert chosen_letters(response, gold("A", options)) == letter, response
 
 
 @given(response=st.text() | st.text(alphabet="ABCDJab()[].,:*$\\{}<>answer /\n", max_size=80))

@@ -12,7 +12,8 @@ from copd_engine.verifiers.text import normalize
 LETTERS = "ABCDEFGHIJ"
 
 _MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit|boxed)\s*\{([^{}]*)\}")
-_QUOTES = re.compile(r"[*`\"'$]|\\[()\[\] ]|\\left|\\right")
+#: A star between letters or digits multiplies.
+_QUOTES = re.compile(r"[`\"'$]|(?<![^\W_])\*|\*(?![^\W_])|\\[()\[\] ]|\\(?:left|right)(?![A-Za-z])")
 #: "option (B)", "choice B": the word says no more than the letter.
 _NOUN = re.compile(
     r"^(?i:(?:the\s+)?(?:correct\s+)?(?:options?|choices?|letters?|answers?)\s*:?\s+)(?=[(\[]?[A-Ja-j]\b)"
@@ -43,8 +44,9 @@ def multiple_choice(response: str, example: Example) -> float:
 
     Gold: a letter ("B", "(B)"), several ("AC", "A, C"), which must all be named, or an option's text where
     ``metadata.choices`` gives the options (a list in the order of the letters, or a mapping of letter to text). With
-    ``choices`` an option's text is an answer too. A response that names a letter beside another option's text, or
-    letters joined by "or", settles on none.
+    ``choices`` an option's text is an answer too, unless it is a lone letter, which is always a label, or two options'
+    texts differ in nothing that counts. A response that names a letter beside another option's text, whichever letter
+    that is, or letters joined by "or", settles on none.
     """
     gold, options = _gold(example)
     return float(_settled(find_answer(response), options) == gold)
@@ -62,7 +64,7 @@ def check_choice(example: Example) -> None:
 
 
 def _settled(answer: Answer, options: Mapping[str, str]) -> frozenset[str] | None:
-    """Letters of the answer; None where it is none or ambiguous."""
+    """Letters of the answer; None or no letters where it is none or ambiguous."""
     letters = _letters(answer.text, options)
     if letters is None and answer.source != "tag":
         letters = _letters(first_sentence(answer.text), options)
@@ -78,32 +80,45 @@ def _settled(answer: Answer, options: Mapping[str, str]) -> frozenset[str] | Non
 
 
 def _letters(text: str, options: Mapping[str, str]) -> frozenset[str] | None:
-    by_text = {normalize(option): letter for letter, option in options.items()}
-    text = _QUOTES.sub("", _MARKUP.sub(r"\1", ascii_signs(text[:2_000]))).strip()
-    text = _NOUN.sub("", text).strip()
+    """None for what is not understood, no letters for a label beside another option's text."""
+    text = _NOUN.sub("", _bare(text[:2_000])).strip()
     if match := _ONE.fullmatch(text):
         return frozenset(match[1].upper())
-    if options and normalize(text) in by_text:
-        return frozenset(by_text[normalize(text)])
+    labelled = _LABELLED.fullmatch(text)
+    # The label before the text: an article or an option's text may look like one, and equal texts have other labels.
+    if labelled and (stated := _of_text(labelled["text"], options)):
+        return stated & {_label(labelled)}
+    if letter := _only(text, options):
+        return frozenset(letter)
     if _SEVERAL.fullmatch(text):
         return _without_repeats("".join(re.findall(r"[A-J](?![A-Za-z])", text)))
     if match := _RUN.fullmatch(text):
         return _without_repeats(match[1])
     if match := _FOLLOWED.fullmatch(text):
         return None if _ANOTHER.search(_REASON.sub("", text)) else frozenset(match[1])
-    if match := _LABELLED.fullmatch(text):
-        return _labelled(match[1] or match[2] or match[3], match["text"], by_text)
+    if labelled and not _ANOTHER.search(f", {_REASON.sub('', labelled['text'])}"):
+        return frozenset(_label(labelled))
     return None
 
 
-def _labelled(letter: str, text: str, by_text: Mapping[str, str]) -> frozenset[str] | None:
-    """The letter, unless the text after it is another option's, or names a second letter."""
-    if by_text.get(normalize(text), letter) != letter:
-        return None
-    claim = _REASON.sub("", text)
-    if normalize(text) not in by_text and _ANOTHER.search(f", {claim}"):
-        return None
-    return frozenset(letter)
+def _bare(text: str) -> str:
+    return _QUOTES.sub("", _MARKUP.sub(r"\1", ascii_signs(text))).strip()
+
+
+def _label(labelled: re.Match[str]) -> str:
+    return next(letter for letter in labelled.groups()[:3] if letter)
+
+
+def _of_text(text: str, options: Mapping[str, str]) -> frozenset[str]:
+    """Letters of the options that are ``text``, up to what :func:`normalize` takes away."""
+    key = normalize(text)
+    return frozenset(letter for letter, option in options.items() if normalize(_bare(option)) == key)
+
+
+def _only(text: str, options: Mapping[str, str]) -> str | None:
+    """Letter of the one option that is ``text``, letter by letter or else normalised; None where several are."""
+    same = [letter for letter, option in options.items() if _bare(option) == text] or sorted(_of_text(text, options))
+    return same[0] if len(same) == 1 else None
 
 
 def _without_repeats(letters: str) -> frozenset[str] | None:

@@ -12,8 +12,8 @@ from copd_engine.data.benchmarks.questions import (
     Question,
     Row,
     choice,
+    free_gold,
     labelled,
-    number_or_text,
     options_of,
     with_images,
 )
@@ -32,7 +32,7 @@ def mmmu(row: Row, media: Media) -> Question:
         return choice(question, row["answer"])
     question, gold = replace(question, options={}), str(row["answer"]).strip()
     golds = ast.literal_eval(gold) if gold.startswith("[") and gold.endswith("]") else [gold]
-    ways = [number_or_text(question, way, MMMU_TOLERANCE) for way in golds]
+    ways = [free_gold(question, way, MMMU_TOLERANCE) for way in golds]
     if len(ways) == 1:
         return ways[0]
     listed = [{"answer": way.answer, "verifier": way.verifier} for way in ways]
@@ -68,9 +68,9 @@ def math_vista(row: Row, media: Media) -> Question:
     hint["float"] = f"The answer is a number with {places} decimal place{'s' if places != 1 else ''}."
     question = replace(question, text=f"{question.text}\n{hint[row['answer_type']]}")
     if row["answer_type"] == "list":
-        return replace(question, answer=str(row["answer"]), verifier="normalized")
+        return free_gold(question, row["answer"])
     tolerance = 0.5 * 10.0**-places if row["answer_type"] == "float" else 0.0
-    return number_or_text(question, row["answer"], tolerance)
+    return free_gold(question, row["answer"], tolerance)
 
 
 def math_vision(row: Row, media: Media) -> Question:
@@ -85,7 +85,7 @@ def zero_bench(row: Row, media: Media) -> Question:
     """Questions and sub-questions alike: any number of images, a number or a few words as gold."""
     images: Any = row.get("question_images_decoded") or row.get("question_images") or ()
     question = Question(str(row["question_text"]), "", images=tuple(media.image(image) for image in images))
-    return number_or_text(question, row["question_answer"])
+    return free_gold(question, row["question_answer"])
 
 
 def we_math(row: Row, media: Media) -> Question:

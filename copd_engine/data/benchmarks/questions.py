@@ -21,6 +21,12 @@ FREE_FORM = REASON + r"your final answer within \boxed{}."
 LETTER = REASON + r"the letter of the correct option within \boxed{}."
 #: "A. x; B. y" or one option a line: where the next option begins.
 _LABEL = re.compile(r"(?:^|[;\n])\s*\(?([A-J])\s*[).:\uff1a]\s*")
+#: What no word has: a LaTeX command other than for a typeface, a power, a root ...
+_MATHEMATICS = re.compile(r"\\(?!(?:text|textbf|mathrm|mathbf|textit)\b)[A-Za-z]+|[\^√π∞]")
+#: ... or, without two letters in a row, an operator or a bracket beside a digit or a variable.
+_FORMULA = re.compile(
+    r"(?!.*[^\W\d_]{2})(?=.*[\da-z])(?=.*[-\u2212+*/=<>(\[{])[\w\s.,$|°\u2212+*/=<>(){}\[\]-]+", re.DOTALL
+)
 _NUMBERED_IMAGE = re.compile(r"<image\s*(\d+)>")
 ALTERNATIVES = "copd_engine.verifiers.alternatives:alternatives"
 
@@ -137,14 +143,17 @@ def choice(question: Question, gold: Any, text_first: bool = False) -> Question:
     return replace(question, answer=answer, verifier="multiple_choice", metadata=metadata)
 
 
-def number_or_text(question: Question, gold: Any, abs_tol: float = 0.0) -> Question:
-    """``question`` with a free gold: one number within ``abs_tol``, or text compared without case and punctuation."""
+def free_gold(question: Question, gold: Any, abs_tol: float = 0.0) -> Question:
+    """``question`` with a free gold: one number within ``abs_tol``, mathematics, or else text compared without case
+    and punctuation."""
     text = str(gold).strip()
     found = numbers(text)
     bare = text.strip("$%° ").replace(",", "")
     if len(found) == 1 and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\d+/\d+", bare, re.IGNORECASE):
         return replace(question, answer=text, verifier="numeric", metadata={**question.metadata, "abs_tol": abs_tol})
-    return replace(question, answer=text, verifier="normalized")
+    is_math = _MATHEMATICS.search(text) or _FORMULA.fullmatch(text)
+    matched = text.count("{") == text.count("}")
+    return replace(question, answer=text, verifier="math" if is_math and matched else "normalized")
 
 
 def with_images(question: Question, images: Mapping[int, Any], media: Media) -> Question:
