@@ -11,6 +11,8 @@ import pytest
 
 import copd_engine.evaluation.run as run
 from copd_engine.evaluation.samples import read_samples
+from copd_engine.evaluation.sources import first_units
+from copd_engine.types import Example
 from tests import cli_site
 from tests.benchmark_files import dump_lines, parquet
 from tests.cli_site import Ended, Site
@@ -104,6 +106,15 @@ def test_a_kill_loses_what_was_not_written(evaluate: Callable[..., Ended]) -> No
     assert evaluate("--num-samples", "2", "--out", "out").code == 0
     assert drawn("out") == whole
     assert text.startswith(Path("out/samples.jsonl").read_text()[: len(text) // 2].rpartition("\n")[0])
+
+
+def test_a_line_that_lost_only_its_end_is_drawn_again(evaluate: Callable[..., Ended]) -> None:
+    assert evaluate("--num-samples", "2", "--out", "out").code == 0
+    whole, text = drawn("out"), Path("out/samples.jsonl").read_text()
+    Path("out/samples.jsonl").write_text(text.removesuffix("\n"))
+    assert evaluate("--num-samples", "2", "--out", "out").code == 0
+    assert drawn("out") == whole
+    assert Path("out/samples.jsonl").read_text() == text
 
 
 def test_a_stop_in_between_leaves_what_was_drawn(
@@ -226,6 +237,47 @@ def test_models_are_asked_with_equal_seeds_and_compared(
     path = Path("b/samples.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     assert "b: samples are missing" in copd("eval-table", "a", "b").err
+
+
+def test_only_equal_questions_are_compared(evaluate: Callable[..., Ended], copd: Callable[..., Ended]) -> None:
+    """Rows without ids are named by file and number, so that another file's rows have the same uids."""
+    for out, gold in (("a", "1"), ("b", "1"), ("c", "2")):
+        for row in ("first", "second"):
+            rows = [{"prompt": "first", "answer": "1"}, {"prompt": row, "answer": gold}]
+            dump_lines(Path("own.jsonl"), rows)
+            assert evaluate("--out", f"{out}-{row}", data="own.jsonl").code == 0
+    uid = json.loads(Path("a-first/eval.json").read_text())["sources"][0]["uids"][1]
+    ended = copd("eval-table", "a-first", "b-first")
+    assert (ended.code, ended.err) == (0, "")
+    assert "other settings" not in ended.out
+    ended = copd("eval-table", "a-first", "b-second")
+    assert ended.code == 2
+    assert f"own {uid!r}: the prompt in b-second is not that in a-first: evaluate both" in ended.err
+    ended = copd("eval-table", "a-first", "b-first", "c-first")
+    assert ended.code == 2
+    assert f"own {uid!r}: the gold in c-first is not that in a-first: evaluate both" in ended.err
+
+
+def test_other_settings_stand_below_the_table(evaluate: Callable[..., Ended], copd: Callable[..., Ended]) -> None:
+    assert evaluate("--out", "a").code == 0
+    changes = ("--temperature", "0.5", "--max-new-tokens", "3", "media.video_fps=1.0", "--num-samples", "2")
+    assert evaluate("--out", "b", *changes, model="runs/small/models/merged").code == 0
+    ended = copd("eval-table", "a", "b")
+    assert ended.code == 0, ended.err
+    assert ended.out.endswith(
+        "\nruns/small/models/merged was evaluated with other settings: num_samples 2 (base: 1), "
+        "temperature 0.5 (base: 1.0), max_new_tokens 3 (base: 4), media.video_fps 1.0 (base: 2.0).\n"
+    )
+
+
+def test_num_prompts_cuts_no_question_of_several_rows() -> None:
+    rows = [("q1", "a"), ("q2", "a"), ("q1", "b"), ("q3", "a"), ("q2", "b"), ("q3", "b")]
+    examples = [Example(f"{q}-{i}", "?", "1", "exact", metadata={"together": q}) for q, i in rows]
+    assert [example.uid for example in first_units(examples, 2)] == ["q1-a", "q2-a", "q1-b", "q2-b"]
+    assert list(first_units(examples, None)) == list(first_units(examples, 9)) == examples
+    alone = [Example(str(i), "?", "1", "exact") for i in range(3)]
+    assert [example.uid for example in first_units([*alone[:1], *examples, *alone[1:]], 2)] == ["0", "q1-a", "q1-b"]
+    assert list(first_units(alone, 2)) == alone[:2]
 
 
 def test_branches_keep_their_outputs_too(copd: Callable[..., Ended], site: Site) -> None:

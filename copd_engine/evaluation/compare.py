@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from copd_engine.evaluation.results import BenchmarkScores
 from copd_engine.evaluation.run import collect_scores
-from copd_engine.evaluation.samples import RESULT, read_samples
+from copd_engine.evaluation.samples import NOT_COMPARED, RESULT, Records, read_samples
 from copd_engine.evaluation.table import markdown
 from copd_engine.types import UserError
 
+#: Of the settings, what models that are compared differ in.
+OF_THE_MODEL = {*NOT_COMPARED, "weights"}
+#: Of a sample, what the model was asked.
+ASKED = ("prompt", "messages", "gold")
+
 
 def compare(folders: Sequence[Path]) -> str:
-    """The table of the evaluations in ``folders``, the first of which the others are compared with, as Markdown."""
+    """The table of the evaluations in ``folders``, the first of which the others are compared with, as Markdown.
+
+    Settings other than the first's are named below it. UserError where a prompt or gold of one uid differs, or samples
+    are missing.
+    """
     results = []
     for folder in folders:
         file = folder / RESULT
@@ -24,6 +34,7 @@ def compare(folders: Sequence[Path]) -> str:
         results.append((folder, json.loads(file.read_text())))
     uses = Counter(result["model"] for _, result in results)
     models: dict[str, list[BenchmarkScores]] = {}
+    asked: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for folder, result in results:
         name = result["model"] if uses[result["model"]] == 1 else str(folder)
         if name in models:
@@ -33,4 +44,40 @@ def compare(folders: Sequence[Path]) -> str:
             models[name] = [collect_scores(source, records, result["num_samples"]) for source in result["sources"]]
         except KeyError as error:
             raise UserError(f"{folder}: samples are missing ({error}): run its copd eval again") from None
-    return markdown(models, results[0][1]["settings"]["seed"])
+        for (source, uid), question in _questions(result, records).items():
+            first, expected = asked.setdefault((source, uid), (folder, question))
+            for key in ASKED:
+                if question[key] != expected[key]:
+                    raise UserError(
+                        f"{source} {uid!r}: the {key} in {folder} is not that in {first}: "
+                        "evaluate both models on the same data"
+                    )
+    table = markdown(models, results[0][1]["settings"]["seed"])
+    return "\n\n".join([table, *_other_settings(dict(zip(models, (result for _, result in results), strict=True)))])
+
+
+def _questions(result: Mapping[str, Any], records: Records) -> dict[tuple[str, str], dict[str, Any]]:
+    """(benchmark, uid) to what was asked."""
+    names = [(source["name"], uid) for source in result["sources"] for uid in source["uids"]]
+    return {name: {key: records[name][0].get(key) for key in ASKED} for name in names}
+
+
+def _other_settings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each model whose samples were drawn with other settings than the first's."""
+    (first, base), *others = ((name, _settings(result)) for name, result in results.items())
+    lines = []
+    for name, settings in others:
+        keys = [key for key in dict.fromkeys([*base, *settings]) if base.get(key) != settings.get(key)]
+        if keys:
+            changes = ", ".join(f"{key} {settings.get(key)} ({first}: {base.get(key)})" for key in keys)
+            lines.append(f"{name} was evaluated with other settings: {changes}.")
+    return lines
+
+
+def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Key to value, ``media.video_fps`` of nested ones."""
+    flat = {"num_samples": result["num_samples"]}
+    for key, value in result["settings"].items():
+        if key not in OF_THE_MODEL:
+            flat |= {f"{key}.{inner}": x for inner, x in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

@@ -77,8 +77,8 @@ class SampleFile:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, dict(settings))
         self.path = folder / SAMPLES
+        _drop_torn_line(self.path)  # before it is read: a line that lost but its end would count, and be gone
         self.records = read_samples(folder)
-        _drop_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def missing(self, source: str, item: Item, num_samples: int) -> list[int]:

@@ -53,7 +53,8 @@ def open_sources(
     data: Sequence[str], config: RunConfig, encoder: PromptEncoder, num_prompts: int | None
 ) -> list[Source]:
     """The sources of ``--data``, each ``BENCHMARK[:GROUP]=PATH``, ``NAME=FILE`` or ``FILE``, files of one name as one;
-    without any the held-out prompts of the config's branches. The first ``num_prompts`` of each, default all.
+    without any the held-out prompts of the config's branches. The first ``num_prompts`` of each, default all; prompts
+    that count as one are one.
 
     UserError for names, files and rows that cannot be read.
     """
@@ -89,13 +90,26 @@ def _listed(
     name: str, parts: list[Sequence[Example]], config: RunConfig, encoder: PromptEncoder, num_prompts: int | None
 ) -> Source:
     examples = parts[0] if len(parts) == 1 else [example for part in parts for example in part]
-    examples = examples[:num_prompts]
+    examples = first_units(examples, num_prompts)
     benchmark, _, group = name.partition(":")
     spec = BENCHMARKS.get(benchmark)
     title = name if spec is None else spec.title + (f" ({group})" if group else "")
     domain = _domain(examples) if spec is None else spec.domain
     limit = config.rollout.max_prompt_tokens
     return Source(name, title, domain, _items(examples), lambda index: encode_prompt(encoder, examples[index], limit))
+
+
+def first_units(examples: Sequence[Example], num_prompts: int | None) -> Sequence[Example]:
+    """The first ``num_prompts``; of prompts that count as one (metadata ``together``) all or none."""
+    first = examples[:num_prompts]
+    if all(example.metadata.get("together") is None for example in first):
+        return first
+    units = []
+    for index, example in enumerate(examples):
+        together = example.metadata.get("together")
+        units.append(("alone", index) if together is None else ("together", str(together)))
+    kept = set(list(dict.fromkeys(units))[:num_prompts])
+    return [examples[index] for index, unit in enumerate(units) if unit in kept]
 
 
 def _branch(config: RunConfig, number: int, encoder: PromptEncoder, num_prompts: int | None) -> Source:
