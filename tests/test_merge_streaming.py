@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from copd_engine.config import MergeConfig
-from copd_engine.merge import merge
+from copd_engine.merge import command, merge
+from copd_engine.merge.command import MergeModels
 from copd_engine.merge.streaming import INDEX, WEIGHTS, merge_folders, stored_tensors, weight_folder
+from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.folder import find_folder
 from copd_engine.types import UserError
 from tests.families import build
@@ -53,7 +55,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], num_shards: int = 1) -
         part = {name: tensors[name] for name in names[number::num_shards]}
         save_file(part, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -249,3 +251,48 @@ def test_memory_does_not_grow_with_the_model_or_its_tensors(tmp_path):
     first, last = (load_file(tmp_path / "out/ties" / WEIGHTS)[name] for name in ("w0", "w3"))
     assert first.isfinite().all()
     assert not torch.equal(first, last)
+
+
+# In memory
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, branches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> MergeModels:
+    """A base in bf16 but for one fp32 weight; its branches are taken for models that cannot be streamed."""
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(TESTBED / WEIGHTS).items()}
+    wide = next(name for name in tensors if name.endswith("norm.weight"))
+    base = write(tmp_path / "base", tensors | {wide: tensors[wide].float()})
+    monkeypatch.setattr(command, "weight_folder", lambda path: base if path == str(base) else None)
+    models = MergeModels.open(str(base), [str(folder) for folder in branches.values()])
+    assert not models.streamed
+    return models
+
+
+def test_in_memory_keeps_the_base_s_dtypes(tmp_path: Path, branches: dict[str, Path], loaded: MergeModels):
+    loaded.write(RECIPES["ties"], tmp_path / "loaded")
+    merge_folders(tmp_path / "base", branches, tmp_path / "streamed", RECIPES["ties"])
+    one, two, base = (load_file(tmp_path / name / WEIGHTS) for name in ("loaded", "streamed", "base"))
+    assert {name: tensor.dtype for name, tensor in one.items()} == {name: tensor.dtype for name, tensor in base.items()}
+    assert {tensor.dtype for tensor in one.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    assert not all(torch.equal(one[name], base[name]) for name in base)
+    assert json.loads((tmp_path / "loaded/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_in_memory_leaves_no_half_model(tmp_path: Path, loaded: MergeModels, monkeypatch: pytest.MonkeyPatch):
+    before = sorted(tmp_path.iterdir())
+
+    def stops(policy: Policy, encoder: PromptEncoder, folder: Path) -> None:
+        policy.save(folder)
+        assert (folder / WEIGHTS).is_file()
+        assert not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "save_model", stops)
+    with pytest.raises(KeyboardInterrupt):
+        loaded.write(MergeConfig(), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    (tmp_path / ".out.writing").mkdir()  # of a merge that was killed
+    loaded.write(MergeConfig(), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from copd_engine.evaluate import evaluate, mean_accuracy
 from copd_engine.inputs import held_out_prompts
 from copd_engine.merge.methods import check_weights, merge
 from copd_engine.merge.search import SEARCH_FILE, Search, search
-from copd_engine.merge.streaming import merge_folders, weight_folder
+from copd_engine.merge.streaming import StoredTensor, merge_folders, stored_tensors, weight_folder, written_beside
 from copd_engine.models.base import Policy, PromptEncoder
 from copd_engine.models.loading import load_model
 from copd_engine.report.retention import retention_table
@@ -67,21 +67,35 @@ class MergeModels:
         shares = weights if weighted else None
         if start is not None and len(folders) == len(ends):
             return cls(base, tuple(weights), shares, True, _streaming(start, folders))
-        return cls(base, tuple(weights), shares, False, _in_memory(base, list(weights)))
+        return cls(base, tuple(weights), shares, False, _in_memory(base, start, list(weights)))
 
 
 def _streaming(base: Path, branches: dict[str, Path]) -> Write:
     return lambda recipe, out: merge_folders(base, branches, out, recipe)
 
 
-def _in_memory(base: str, branches: Sequence[str]) -> Write:
+def _in_memory(base: str, folder: Path | None, branches: Sequence[str]) -> Write:
+    """``folder``: of the base's safetensors, if it has any."""
     policy, encoder = load_model(ModelConfig(path=base))
+    if folder is not None:
+        _as_stored(policy, stored_tensors(folder))
     tensors = {path: load_model(ModelConfig(path=path))[0].full_parameters() for path in branches}
 
     def write(recipe: MergeConfig, out: Path) -> None:
-        save_model(policy.with_full_parameters(merge(policy.full_parameters(), tensors, recipe)), encoder, out)
+        merged = policy.with_full_parameters(merge(policy.full_parameters(), tensors, recipe))
+        with written_beside(out) as aside:
+            save_model(merged, encoder, aside)
 
     return write
+
+
+def _as_stored(policy: Policy, stored: Mapping[str, StoredTensor]) -> None:
+    """Each weight of ``policy`` in its dtype on disk; one that has another name there in the widest of them."""
+    widest = max(
+        (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), key=lambda d: d.itemsize
+    )
+    for name, parameter in policy.module.named_parameters():
+        parameter.data = parameter.data.to(stored[name].dtype if name in stored else widest)
 
 
 def recipe_of(method: str | None, weights: dict[str, float] | None, **options: float | None) -> MergeConfig:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,20 @@ def merge_folders(
             tensors.pop(TIED_HEAD, None)
     for branch, tensors in ends.items():
         check_same_model(start, branch, tensors)
+    with written_beside(out) as aside:
+        _copy_other_files(base, aside)
+        _write_shards(start, ends, aside, recipe, max_shard_bytes)
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """A folder to write, renamed to ``out``, which must not exist, unless an exception ends the block."""
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
     aside.mkdir()
     try:
-        _copy_other_files(base, aside)
-        _write_shards(start, ends, aside, recipe, max_shard_bytes)
+        yield aside
         os.rename(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
