@@ -220,11 +220,13 @@ def _constant(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def split_groups(samples: Sequence[TrainSample], parts: int) -> list[list[TrainSample]]:
-    """Whole groups dealt in turn over ``parts`` updates, so that each sees every term."""
-    groups: dict[tuple[str, int], list[TrainSample]] = {}
+    """Whole groups dealt in turn over ``parts`` updates, each term's by itself, so that each update sees every term
+    that has a group for it and nothing depends on the order of the terms."""
+    terms: dict[str, dict[int, list[TrainSample]]] = {}
     for sample in samples:
-        groups.setdefault((sample.term, sample.rollout.request.group), []).append(sample)
+        terms.setdefault(sample.term, {}).setdefault(sample.rollout.request.group, []).append(sample)
     split: list[list[TrainSample]] = [[] for _ in range(parts)]
-    for index, group in enumerate(groups.values()):
-        split[index % parts] += group
+    for groups in terms.values():
+        for index, group in enumerate(groups.values()):
+            split[index % parts] += group
     return [part for part in split if part]

@@ -40,7 +40,7 @@ def compare_branches(
     base: Policy | None = None,
 ) -> list[dict[str, Any]]:
     """One row per ordered pair of branches, and with ``base`` one per branch with that as its teacher: names and the
-    token means of :data:`PAIR_METRICS` (KL in nats)."""
+    token means of :data:`PAIR_METRICS` (KL in nats). A student of which the engine lost all has no rows."""
     rows: list[dict[str, Any]] = []
     policies = {name: branch.policy for name, branch in branches.items()} | ({BASE: base} if base is not None else {})
     if len(policies) < 2 or not probes:
@@ -48,6 +48,8 @@ def compare_branches(
     for student_name, student in branches.items():
         rollouts = engine.generate(student_name, probes, sampling)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        if not num_tokens:
+            continue
         means = {name: dict.fromkeys(PAIR_METRICS, 0.0) for name in policies if name != student_name}
         for indexes in student.micro_batches(rollouts):
             batch = student.pack([rollouts[i] for i in indexes])

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 
 from copd_engine import run_folder
-from copd_engine.algorithms import STUDENT, Schedule
+from copd_engine.algorithms import EQUAL_STEPS, STUDENT, Schedule
+from copd_engine.algorithms.shares import copd_steps
 from copd_engine.config import RunConfig, load_config
 from copd_engine.models.loading import load_model
 from copd_engine.types import UserError
-
-#: What follows an expert's label in the result where it has taken as many steps as CoPD's branches and goes on.
-EQUAL_STEPS = ", equal steps"
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,11 @@ def finished_experts(folder: Path, config: RunConfig, names: Sequence[str]) -> F
             raise UserError(f"{where}: {folders[name]} is missing")
         if "train_flops" not in rows[label]:
             raise UserError(f"{where}: {run_folder.RESULT} does not say what training took; it is of an older version")
+        if rows[label]["steps"] != (steps := copd_steps(config)):
+            raise UserError(
+                f"{where}: its {name!r} took {rows[label]['steps']} steps, CoPD's branches take {steps}: under that "
+                "run's schedule.native_share or cross_ratio the rollouts were spent before; train it with these"
+            )
         of_expert[name] = rows[label]
     return FinishedExperts(folders, of_expert)
 

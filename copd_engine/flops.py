@@ -1,10 +1,10 @@
 """What a run computes to make a model: tokens by purpose, and the FLOPs of them all.
 
 A forward costs what :class:`copd_engine.micro_batches.CostModel` says, two FLOPs per active parameter and token in the
-linear layers, ``4 D`` per (query, key) pair and layer in attention, likewise for the patches of the vision tower, and
-``2 D V`` per response token in the output head. A backward is twice a forward, so training costs three: the usual
-2 and 6 FLOPs per parameter and token. A group's prompt counts once, in sampling, where its members share keys and
-values, as in packed rows.
+linear layers, ``4 A`` per (query, key) pair and layer in attention (A: heads times their width), likewise for the
+patches of the vision tower, and ``2 D V`` per response token in the output head. A backward is twice a forward, so
+training costs three: the usual 2 and 6 FLOPs per parameter and token. A group's prompt counts once, in sampling, where
+its members share keys and values, as in packed rows.
 
 Counted: sampling, scores of teachers, old log-probs where they need a forward of their own, updates. Not counted:
 evaluation and diagnostics, and what is computed again (gradient checkpointing, preempted requests, a prompt that is in

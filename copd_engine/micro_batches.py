@@ -44,24 +44,30 @@ class CostModel:
         intermediate_size: int | None = None,
         vision_hidden_size: int = 0,
         vision_layers: int = 0,
+        attention_size: int | None = None,
+        kv_size: int | None = None,
     ) -> CostModel:
-        """From the sizes of a transformer with D = ``hidden_size``, I = ``intermediate_size`` (default 8/3 D).
+        """From the sizes of a transformer with D = ``hidden_size``, I = ``intermediate_size`` (default 8/3 D), A =
+        ``attention_size``, heads times their width, and ``kv_size``, the same of the key-value heads (default D).
 
-        Two FLOPs per parameter and token: 4 D^2 parameters of attention's projections and 3 D I of a gated MLP per
-        layer. Two products of D multiply-adds per pair and layer, Q K^T and P V: 4 D FLOPs. The vision tower has the
-        same form with an MLP of two matrices and width 4 D, which is as many parameters.
+        Two FLOPs per parameter and token: 2 D (A + kv_size) parameters of attention's projections and 3 D I of a gated
+        MLP per layer. Two products of A multiply-adds per pair and layer, Q K^T and P V: 4 A FLOPs. The vision tower
+        has the same form with A = D and an MLP of two matrices and width 4 D, which is as many parameters.
         """
+        attention_size = attention_size or hidden_size
+        projections = 2 * hidden_size * (attention_size + (kv_size or hidden_size))
         mlp = 8 * hidden_size**2 if intermediate_size is None else 3 * hidden_size * intermediate_size
         return cls(
-            token=2 * num_layers * (4 * hidden_size**2 + mlp),
-            pair=4 * num_layers * hidden_size,
+            token=2 * num_layers * (projections + mlp),
+            pair=4 * num_layers * attention_size,
             patch=24 * vision_layers * vision_hidden_size**2,
             patch_pair=4 * vision_layers * vision_hidden_size,
         )
 
 
-#: The form of a 4B model (Qwen3-VL-4B: D = 2560, I = 9728, 36 layers; vision 1024, 24 layers) for callers without one.
-DEFAULT_COST = CostModel.of(2560, 36, 9728, 1024, 24)
+#: The form of a 4B model for callers without one (Qwen3-VL-4B: D = 2560, I = 9728, 36 layers, 32 heads of 128, 8 of
+#: keys and values; vision 1024, 24 layers).
+DEFAULT_COST = CostModel.of(2560, 36, 9728, 1024, 24, 4096, 1024)
 
 
 @dataclass(frozen=True)

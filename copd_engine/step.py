@@ -148,7 +148,8 @@ class StepRunner:
         asked = Counter(assignment_of.values())
         self.num_resampled = {a: asked[a] - a.num_prompts for a in plan.assignments}
         return {
-            a: joined(chosen(found, a.num_prompts) if self.num_resampled[a] else found) for a, found in drawn.items()
+            a: joined(chosen(found, a.num_prompts) if a.teacher is None and self.num_resampled[a] else found)
+            for a, found in drawn.items()
         }
 
     def _requests(

@@ -18,13 +18,15 @@ MEANS = {
     "mismatch_mean": "mismatch",
     "mismatch_kl": "mismatch_kl",
 }
+#: Those of them that each term has of its own, where it has them: an exact divergence has no ratio.
+OF_TERMS = {"entropy": "entropy", "clip_fraction": "clipped", "ratio_mean": "ratio"}
 CORRECTION_MEANS = {"correction_mean": "correction", "correction_capped": "correction_capped"}
 #: Means over the tokens of a distillation term, where the signal has them.
 EXACT = ("exact_reverse_kl", "exact_forward_kl", "exact_jsd")
 
 
 class UpdateTotals:
-    """Adds up micro-batches; loss terms are never mixed."""
+    """Adds up micro-batches: of each loss term, and of the branch, whose means are over the tokens of all terms."""
 
     def __init__(self) -> None:
         self.loss = 0.0
@@ -76,6 +78,7 @@ class UpdateTotals:
 def _term(name: str, sums: Mapping[str, float]) -> dict[str, float]:
     row = {"loss": sums["sum:loss"], "num_tokens": sums["num_tokens"], "num_responses": sums["num_responses"]}
     means = {key.removeprefix("sum:"): value / sums["num_tokens"] for key, value in sums.items() if key[:4] == "sum:"}
+    row |= {key: means[column] for key, column in OF_TERMS.items() if column in means}
     if not name.startswith("opd:"):
         return row | ({"reference_kl": means["reference_kl"]} if "reference_kl" in means else {})
     # The mean of -delta over the student's own tokens estimates KL(student || teacher).

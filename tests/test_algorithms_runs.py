@@ -266,6 +266,16 @@ def test_what_decides_nothing_about_experts_may_differ(
     assert Trainer(config.model_copy(update={"branches": tuple(branches)}), folder_of(config)).schedule.first_step == 4
 
 
+def test_experts_that_stopped_early_are_refused(material: tuple[Path, Path], tmp_path: Path) -> None:
+    """Where CoPD draws little in phase II, lone experts have drawn as much before they have taken as many steps."""
+    schedule = {"cycles": 1, "rl_steps": 1, "opd_steps": 2, "native_share": 0, "topology": [["text", "image"]]}
+    early = config_of(material, tmp_path / "early", "expert", schedule=schedule)
+    run(early)
+    config = config_of(material, tmp_path, "mopd", mopd={"experts": str(folder_of(early))})
+    with pytest.raises(UserError, match=r"'text' took 2 steps, CoPD's branches take 3"):
+        Trainer(config, folder_of(config))
+
+
 def test_folders_that_hold_no_experts(
     material: tuple[Path, Path], static: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

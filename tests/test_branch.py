@@ -329,6 +329,19 @@ def test_updates_split_by_whole_groups(world):
             assert not {s.rollout.request.group for s in left} & {s.rollout.request.group for s in right}
 
 
+def test_every_update_sees_every_term_whatever_their_order(world):
+    """Two groups of each of two terms, the second term's in front or behind: the same two updates."""
+    first, *_ = world.samples()
+    samples = [
+        replace(first, term=term, rollout=replace(first.rollout, request=replace(first.rollout.request, group=group)))
+        for group, term in enumerate(["grpo", "grpo", "opd:image", "opd:video", "opd:image"])
+    ]
+    expected = [{("grpo", 0), ("opd:image", 2), ("opd:video", 3)}, {("grpo", 1), ("opd:image", 4)}]
+    for order in (samples, samples[2:] + samples[:2]):
+        split = branch_module.split_groups(order, 2)
+        assert [{(s.term, s.rollout.request.group) for s in part} for part in split] == expected
+
+
 def test_the_loss_is_that_of_one_step_however_many_updates(world):
     """At lr 0 the updates differ in nothing: their mean is the step's loss, and the terms add up to it."""
     losses = []

@@ -25,6 +25,8 @@ from copd_engine.config import (
     build_config,
     load_config,
 )
+from copd_engine.study.config import load_study
+from copd_engine.study.plan import units_of
 from copd_engine.types import UserError
 
 
@@ -164,6 +166,7 @@ def test_a_bad_value_names_key_value_and_what_is_right(key: str, value: Any, rig
             {"schedule": {"topology": [["text", "image"], ["vidio", "text"]]}},
             "schedule.topology: no branch is named 'vidio' (did you mean 'video'?)",
         ),
+        ({"schedule": {"topology": "ring", "hub": "text"}}, "schedule.hub needs schedule.topology 'hub'"),
         ({"schedule": {"topology": [["text", "text"]]}}, "schedule.topology: branch 'text' cannot teach itself"),
         (
             {"merge": {"method": "weighted", "weights": {"text": 1, "image": 1, "audio": 1}}},
@@ -273,14 +276,14 @@ def test_overrides(tmp_path: Path) -> None:
         "branches.1.beta=0.5",
         "branches.2.data.task_config.rate=2E+3",
         "schedule.topology=[[text, image]]",
-        "schedule.hub=video",
+        "schedule.opd_steps=3",
         "tensorboard=true",
         "name='1e5'",
         "model.path=a=b",
         "branches.0.data.instruction=''",
         "branches.0.data.verifier=",
     )
-    assert config.schedule == ScheduleConfig(cycles=7, topology=[("text", "image")], hub="video")
+    assert config.schedule == ScheduleConfig(cycles=7, topology=[("text", "image")], opd_steps=3)
     assert config.optim.lr == 1e-4
     assert config.optim.betas == (0.8, 0.1)
     assert [branch.beta for branch in config.branches] == [1.0, 0.5, 1.0]
@@ -319,8 +322,13 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
 def test_the_shipped_configs_are_valid() -> None:
     files = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
     assert files
+    studies = [file for file in files if "seeds:" in file.read_text()]
     for file in files:
-        load_config(file)
+        if file in studies:
+            units_of(load_study(file))
+        else:
+            load_config(file)
+    assert [file.name for file in studies] == ["testbed.yaml"]
 
 
 # Any valid config, to YAML and back
@@ -349,10 +357,11 @@ data_configs = st.builds(
 @st.composite
 def run_configs(draw: st.DrawFn) -> RunConfig:
     names = draw(st.lists(st.from_regex(r"[a-zA-Z0-9_-]{1,8}", fullmatch=True), min_size=1, max_size=4, unique=True))
-    names = [name for name in names if name not in ("average", "base", "student")] or ["a"]
+    names = [name for name in names if name not in ("average", "base", "mixed", "student")] or ["a"]
     branches = tuple(BranchConfig(name=n, data=draw(data_configs), beta=draw(finite)) for n in names)
     edges = [(a, b) for a in names for b in names if a != b]
     topologies = st.sampled_from(["hub", "full", "ring"]) | st.lists(st.sampled_from(edges) if edges else st.nothing())
+    topology = draw(topologies)
     weights = {name: draw(finite) for name in names}
     return RunConfig(
         name=draw(folder_names),
@@ -361,8 +370,8 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         branches=branches,
         schedule=ScheduleConfig(
             cycles=draw(counts),
-            topology=draw(topologies),
-            hub=draw(st.none() | st.sampled_from(names)),
+            topology=topology,
+            hub=draw(st.none() | st.sampled_from(names)) if topology == "hub" else None,
             native_share=draw(st.floats(0, 2)),
             beta_range=(draw(st.floats(0.1, 1)), draw(st.floats(1, 9))),
         ),

@@ -202,3 +202,15 @@ def test_update_angles_are_those_since_the_last_call(world):
     assert resumed.cosines(branches)["x", "y"] == pytest.approx(1, abs=1e-5)
     move("x", 1), move("y", -1)
     assert angles.cosines(branches)["x", "y"] == pytest.approx(-1, abs=1e-5)
+
+
+def test_a_student_of_which_the_engine_lost_all_has_no_rows(world) -> None:
+    """Zeros would look like branches that have drifted apart, or come together."""
+    policies, encoder, probes = world
+
+    class Losing(EmbeddedEngine):
+        def generate(self, expert, requests, sampling):
+            return [] if expert == "a" else super().generate(expert, requests, sampling)
+
+    rows = compare_branches(branches_of(policies, encoder), Losing(policies, encoder), probes, SAMPLING, TOP_K)
+    assert [(row["student"], row["teacher"]) for row in rows] == [("b", "a"), ("b", "c"), ("c", "a"), ("c", "b")]

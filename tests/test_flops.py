@@ -10,8 +10,10 @@ import torch
 
 from copd_engine.evaluate import Accuracy
 from copd_engine.flops import Work, WorkMeter
+from copd_engine.micro_batches import CostModel
 from copd_engine.result import result_row, work_of
 from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
+from tests.families import FAMILIES, build
 from tests.helpers import prompts_of_all_domains, tiny_model
 
 SIZES = {"hidden_size": 4, "num_layers": 3, "intermediate_size": 8, "vision_hidden_size": 2, "vision_layers": 5}
@@ -55,6 +57,27 @@ def test_every_token_and_pair_is_counted_once(prompts: list[EncodedPrompt]) -> N
     assert meter.sampled(rollouts) == Work(num_prompt, num_response, flops=flops)
     assert meter.scored(rollouts) == Work(scored_tokens=num_prompt + num_response, flops=flops)
     assert meter.trained(rollouts) == Work(trained_tokens=num_prompt + num_response, flops=3 * flops)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_costs_two_flops_per_parameter_that_multiplies_it(family: str) -> None:
+    """Of the decoder's linear layers; of a mixture's experts those that are chosen, the router left out."""
+    policy = build(family)
+    config = policy.module.config.get_text_config()
+    active = 0.0
+    for name, parameter in policy.module.named_parameters():
+        if ".layers." not in name or "visual" in name or parameter.dim() < 2 or "mlp.gate." in name:
+            continue
+        chosen = config.num_experts_per_tok / config.num_experts if "experts" in name else 1
+        active += chosen * parameter.numel()
+    assert CostModel.of(**policy.sizes).token == 2 * active
+
+
+def test_a_pair_costs_two_products_of_all_heads() -> None:
+    """Heads whose widths do not add up to the hidden size."""
+    cost = CostModel.of(**SIZES, attention_size=12, kv_size=6)
+    assert cost.pair == 3 * 4 * 12
+    assert cost.token == 3 * 2 * (2 * 4 * 12 + 2 * 4 * 6 + 3 * 4 * 8)
 
 
 def test_nothing_costs_nothing() -> None:

@@ -382,7 +382,7 @@ def test_workers_end_when_their_parent_is_killed(then: str) -> None:
     process.kill()
     process.wait()
     # Those at work are ended by their own timers.
-    assert wait_until(lambda: all(gone(pid) for pid in pids), 3.0 + SLACK_S)
+    assert wait_until(lambda: all(gone(pid) for pid in pids), Limits().wall_s + SLACK_S)
 
 
 def test_workers_end_although_a_fork_of_the_dead_parent_holds_their_sockets() -> None:

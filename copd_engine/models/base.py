@@ -107,6 +107,9 @@ class Policy(ABC):
         sizes = {"hidden_size": text.hidden_size, "num_layers": text.num_hidden_layers}
         experts = getattr(text, "num_experts_per_tok", None)
         sizes["intermediate_size"] = experts * text.moe_intermediate_size if experts else text.intermediate_size
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        sizes["attention_size"] = text.num_attention_heads * head_dim
+        sizes["kv_size"] = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_dim
         if vision is not None:
             sizes |= {"vision_hidden_size": vision.hidden_size, "vision_layers": vision.depth}
         return sizes

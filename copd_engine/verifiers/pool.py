@@ -44,12 +44,13 @@ _MAX_FAILED_STARTS = 3
 class Limits:
     """Of one comparison: seconds of CPU time, and of the clock on a machine that is busy; bytes of address space.
 
-    CPU time decides where it can, so that a score does not depend on the load. ``load_s``: starting a worker and
+    CPU time decides where it can, so that a score does not depend on the load, which is high while responses are being
+    sampled on the same cores; the clock ends what waits for nothing. ``load_s``: starting a worker and
     importing what the comparison needs, which is no part of it.
     """
 
     cpu_s: float = 2.0
-    wall_s: float = 3.0
+    wall_s: float = 10.0
     memory_bytes: int = 2 << 30
     load_s: float = 120.0
 
