@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from copd_engine.types import Example, UserError
 from copd_engine.verifiers import check_example, get_verifier
 from copd_engine.verifiers.choice import chosen_letters
-from copd_engine.verifiers.text import normalize
 
 CITIES = ["Paris", "Rome", "Berlin", "The Hague"]
 
@@ -229,11 +228,15 @@ SIGNED = st.builds("{}{}".format, st.sampled_from(["", "-", "+"]), st.sampled_fr
 TERM = SIGNED | st.builds("{}\\sqrt{{{}}}".format, st.sampled_from(["", "-", "2"]), st.sampled_from("235"))
 SUM = st.builds("{} {} {}".format, TERM, st.sampled_from("-+"), TERM)
 INTERVAL = st.builds("{}{}, {}{}".format, st.sampled_from("(["), TERM, TERM, st.sampled_from(")]"))
-NAMES = st.sampled_from(["red", "a dog", "the dog", "The Hague", "well-known", "New York (city)", "5 km/h", "50 %"])
+NAMES = st.sampled_from(["red", "a dog", "The Hague", "well-known", "New York (city)", "5 km/h", "50 %"])
 TEXT = (TERM | SUM | INTERVAL | NAMES) | TERM.map("${}$".format)
 
 
-@given(options=st.lists(TEXT.filter(lambda text: text != "x"), min_size=2, max_size=6, unique_by=normalize))
+def without_dollars(text: str) -> str:
+    return text.replace("$", "")
+
+
+@given(options=st.lists(TEXT, min_size=2, max_size=6, unique_by=without_dollars))
 def test_every_option_is_read_as_itself(options: list[str]) -> None:
     for letter, text in zip("ABCDEF", options, strict=False):
         forms = (

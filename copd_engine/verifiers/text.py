@@ -58,10 +58,10 @@ def normalize(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text)
     text = "".join("-" if unicodedata.category(character) == "Pd" else character for character in ascii_signs(text))
-    # Folding the case can leave letters that compose again.
+    # Folding the case can leave letters that compose again, and so can a dropped sign.
     text = unicodedata.normalize("NFKC", _LATEX_TEXT.sub(r"\1", text).casefold())
     bare = _ESCAPES.sub(r"\1", _LATEX_MARKS.sub(" ", text))
-    bare = "".join(_keep(bare, index) for index in range(len(bare)))
+    bare = unicodedata.normalize("NFKC", "".join(_keep(bare, index) for index in range(len(bare))))
     bare = _LIST_COMMA.sub(" ", bare)
     bare = _without_hyphens(_without_brackets_of_words(bare))
     return _without_articles(_INSIDE.sub("", " ".join(bare.split())).split()) or " ".join(text.split())
