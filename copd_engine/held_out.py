@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,34 +14,50 @@ from copd_engine.inputs import held_out_prompts
 from copd_engine.models.base import PromptEncoder
 from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.step import derive_seed
-from copd_engine.types import Rollout, RolloutRequest
+from copd_engine.types import EncodedPrompt, Rollout, RolloutRequest
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_PER_DOMAIN = 3
 
 
 class HeldOut:
-    """``prompts`` by branch, ``final_num_prompts`` of each. Every model answers them with the same random numbers."""
+    """``prompts`` by branch, ``final_num_prompts`` of each. Every model answers them with the same random numbers.
+
+    Probe prompts stand behind those, so that what they steer (``schedule.adaptive``, ``beta_scale: kl``) has not seen a
+    prompt of the test; where a branch has no more held-out prompts, they are the first ones.
+    """
 
     def __init__(self, config: RunConfig, encoder: PromptEncoder, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._seed = config.seed
         self._sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
+        self._num_prompts = config.eval.final_num_prompts
+        self._num_probes = config.diagnostics.num_prompts
         self.prompts = {
-            branch.name: held_out_prompts(config, number, encoder, config.eval.final_num_prompts)
+            branch.name: held_out_prompts(config, number, encoder, self._num_prompts + self._num_probes)
             for number, branch in enumerate(config.branches)
         }
 
-    def probes(self, num_prompts: int) -> list[RolloutRequest]:
-        """The first ``num_prompts`` of each branch, with seeds of their own."""
-        prompts = [prompt for rows in self.prompts.values() for prompt in rows[:num_prompts]]
+    def probes(self) -> list[RolloutRequest]:
+        """``diagnostics.num_prompts`` prompts of each branch, with seeds of their own."""
+        prompts: list[EncodedPrompt] = []
+        for name, rows in self.prompts.items():
+            begin, end = self._num_prompts, self._num_prompts + self._num_probes
+            if len(rows) < end:
+                begin, end = 0, self._num_probes
+                logger.info(
+                    "branch %r: %d held-out prompts, so its probe prompts are the first of them", name, len(rows)
+                )
+            prompts += rows[begin:end]
         return [RolloutRequest(p, derive_seed(self._seed, "probe", i), i) for i, p in enumerate(prompts)]
 
     def evaluate(
         self, engine: RolloutEngine, expert: str, num_prompts: int
     ) -> tuple[dict[str, Accuracy], list[tuple[str, Rollout, float]]]:
-        """As :func:`copd_engine.evaluate.evaluate`."""
+        """As :func:`copd_engine.evaluate.evaluate`, on at most ``final_num_prompts``."""
         seed = derive_seed(self._seed, "eval")
-        return evaluate(engine, expert, self.prompts, self._sampling, seed, num_prompts)
+        return evaluate(engine, expert, self.prompts, self._sampling, seed, min(num_prompts, self._num_prompts))
 
     def keep_samples(self, step: int, model: str, samples: Sequence[tuple[str, Rollout, float]]) -> None:
         """The first few of each domain into the run folder."""

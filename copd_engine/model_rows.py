@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from copd_engine import run_folder
-from copd_engine.algorithms import MIXED, STUDENT, final_model
+from copd_engine.algorithms import EQUAL_FLOPS, EQUAL_STEPS, MIXED, STUDENT, Schedule, final_model
 from copd_engine.branch import Branch
 from copd_engine.config import MergeConfig, RunConfig
 from copd_engine.flops import Work
@@ -48,6 +48,21 @@ class ModelRows:
     def of_base(self) -> dict[str, Any]:
         """The row of the model that all branches started from."""
         return self._row("base", "base", self.model_of(self._base.full_parameters()), [])
+
+    def after(self, step: int, schedule: Schedule, samples_step: int | None = None) -> list[dict[str, Any]]:
+        """The rows that are due after ``step``, none after most: of models that have now drawn as many rollouts, taken
+        as many steps or computed as much as CoPD's. Labels: :func:`copd_engine.algorithms.result_labels`."""
+        rows: list[dict[str, Any]] = []
+        if step == schedule.experts_step:
+            rows += self.of_branches("expert", EQUAL_STEPS)
+        if step == schedule.equal_steps:
+            rows += self.of_result(EQUAL_STEPS)
+        for suffix, end in (("", schedule.equal_rollouts), (EQUAL_FLOPS, schedule.equal_flops)):
+            if step == end and self._config.method in ("copd", "expert"):
+                rows += self.of_branches("branch" if self._config.method == "copd" else "expert", suffix)
+            if step == end:
+                rows += self.of_result(suffix, samples_step)
+        return rows
 
     def of_branches(self, kind: str, suffix: str = "") -> list[dict[str, Any]]:
         """A row for each branch as it stands now."""

@@ -73,7 +73,8 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     """The config without what may differ between a run and its continuation."""
     # Experts from another run are what this one would have trained.
     left_out = {"output_dir": True, "name": True, "tensorboard": True, "static_opd": {"experts"}, "mopd": {"experts"}}
-    return config.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
+    kept = config.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
+    return {**kept, "flops_of": config.flops_of is not None}  # its folder may be moved
 
 
 def difference(old: Any, new: Any, path: str = "") -> str | None:

@@ -16,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from copd_engine import checkpoint, run_folder
-from copd_engine.algorithms import Schedule, StepPlan, betas_of
+from copd_engine.algorithms import EQUAL_FLOPS, EQUAL_STEPS, Schedule, StepPlan, betas_of
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
 from copd_engine.diagnostics import BASE, UpdateAngles, change_cosines, compare_branches
-from copd_engine.experts import EQUAL_STEPS, experts_of
+from copd_engine.experts import experts_of
 from copd_engine.flops import Work
+from copd_engine.flops_goal import flops_goal
 from copd_engine.gpu_meter import GpuMeter
 from copd_engine.held_out import HeldOut
 from copd_engine.inputs import load_train_examples, prompt_sources
@@ -48,7 +49,7 @@ class Trainer:
         self._command = command
         self._bar_position = bar_position
         torch.set_num_threads(config.num_threads)
-        self.schedule = Schedule(config)
+        self.schedule = Schedule(config, flops_goal(config))
         examples = load_train_examples(config)
         self.base, self.encoder = load_model(config.model, config.media, config.device)
         vocab_size = len(self.base.lm_head_weight)
@@ -91,10 +92,10 @@ class Trainer:
         streams = prompt_sources(config, self.schedule.students, examples, self.encoder)
         self.steps = StepRunner(config, self.branches, self.engine, streams)
         self._held_out = HeldOut(config, self.encoder, run_dir)
-        self._probes = self._held_out.probes(config.diagnostics.num_prompts)
+        self._probes = self._held_out.probes()
         self.rows = ModelRows(config, run_dir, self.base, self.encoder, self.branches, self.steps, self._held_out)
         self._angles = UpdateAngles(self.branches) if config.diagnostics.update_angle else None
-        self._equal_steps_rows: list[dict[str, Any]] = []
+        self._kept_rows: list[dict[str, Any]] = []
         self._last_checkpoint: Path | None = None
         self._meter = GpuMeter()
         self._elapsed_before = 0.0
@@ -138,7 +139,8 @@ class Trainer:
             while step < self.schedule.num_steps:
                 step += 1
                 record = self.step(self.schedule.plan(step))
-                self.schedule.observe(step, (record["diagnostics"] or {}).get("pairs", ()))
+                flops = sum(work.flops for work in self.steps.work.values())
+                self.schedule.observe(step, (record["diagnostics"] or {}).get("pairs", ()), flops)
                 bar.total = self.schedule.num_steps  # measurements may have changed it
                 # A checkpoint follows the log line of its step, or a kill between the two would lose the line for good;
                 # its time stands in the next line.
@@ -150,10 +152,8 @@ class Trainer:
                 if record["evaluate"]:
                     tqdm.write(_accuracy_line(self.config.method, record))
                 self._stop_if_diverged()
-                if step == self.schedule.equal_steps:
-                    self._equal_steps_rows += self.rows.of_result(EQUAL_STEPS)
-                if step == self.schedule.experts_step:
-                    self._equal_steps_rows += self.rows.of_branches("expert", EQUAL_STEPS)
+                if step < self.schedule.num_steps:
+                    self._kept_rows += self.rows.after(step, self.schedule)
                 begin = time.perf_counter()
                 if _due(step, self.config.checkpoint.every) or step == self.schedule.num_steps:
                     self._save(step)
@@ -247,7 +247,7 @@ class Trainer:
             "steps_taken": dict(self.steps.steps_taken),
             "work": {name: asdict(work) for name, work in self.steps.work.items()},
             "schedule": self.schedule.state_dict(),
-            "equal_steps_rows": self._equal_steps_rows,
+            "kept_rows": self._kept_rows,
             "elapsed_s": self._elapsed(),
         }
         folder = self.run_dir / run_folder.CHECKPOINTS
@@ -277,7 +277,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         if self._angles:
             self._angles.load_tensors(checkpoint.load_tensors(newest, "diagnosed"))
-        self._equal_steps_rows = state["equal_steps_rows"]
+        self._kept_rows = state["kept_rows"]
         self._elapsed_before = state["elapsed_s"]
         self.steps.sync()
         run_folder.drop_later_samples(self.run_dir, step, self.branches)
@@ -291,7 +291,7 @@ class Trainer:
             self.branches[name].start_from(self._experts.parameters(name, self.config))
             self.steps.rollouts_drawn[name], self.steps.steps_taken[name] = row["rollouts"], row["steps"]
             self.steps.work[name] = work_of(row)
-            self._equal_steps_rows.append({**row, "model": f"expert:{name}{EQUAL_STEPS}"})
+            self._kept_rows.append({**row, "model": f"expert:{name}{EQUAL_STEPS}"})
         if self._angles:
             self._angles = UpdateAngles(self.branches)
         self.steps.sync()
@@ -307,13 +307,12 @@ class Trainer:
     def _finish(self, baseline_rows: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
         """Evaluate, merge, save in Hugging Face format, write ``result.json``."""
         train_s = self._elapsed()
-        rows = [self.rows.of_base()]
-        if self.config.method in ("copd", "expert"):
-            rows += self.rows.of_branches("expert" if self.config.method == "expert" else "branch")
-        rows += self.rows.of_result(samples_step=self.schedule.num_steps)
+        last = self.schedule.num_steps
+        rows = [self.rows.of_base(), *self.rows.after(last, self.schedule, samples_step=last), *self._kept_rows]
+        rows.sort(key=lambda row: row["model"].endswith((EQUAL_STEPS, EQUAL_FLOPS)))
         result = {
             "domains": list(self.config.branch_names),
-            "rows": sorted_rows([*rows, *self._equal_steps_rows, *baseline_rows()]),
+            "rows": sorted_rows([*rows, *baseline_rows()]),
             "command": self._command,
             "machine": run_folder.machine(),
             "date": run_folder.today(),
@@ -322,7 +321,7 @@ class Trainer:
             "peak_rss_bytes": peak_rss_bytes(),
             "seed": self.config.seed,
             "method": self.config.method,
-            "num_steps": self.schedule.num_steps,
+            "num_steps": last,
         }
         run_folder.write_json(self.run_dir / run_folder.RESULT, result)
         return result

@@ -5,12 +5,15 @@ The trainer executes a :class:`StepPlan` and does not know which method made it.
 the same schedule. ``docs/methods.md`` describes them all.
 """
 
+from copd_engine.algorithms.labels import EQUAL_FLOPS, EQUAL_STEPS, final_label, result_labels
 from copd_engine.algorithms.plan import MIXED, STUDENT, Assignment, StepPlan
 from copd_engine.algorithms.schedule import Schedule
 from copd_engine.algorithms.shares import split_evenly, teachers_of
 from copd_engine.algorithms.static import betas_of, distillation_edges, final_model
 
 __all__ = [
+    "EQUAL_FLOPS",
+    "EQUAL_STEPS",
     "MIXED",
     "STUDENT",
     "Assignment",
@@ -18,7 +21,9 @@ __all__ = [
     "StepPlan",
     "betas_of",
     "distillation_edges",
+    "final_label",
     "final_model",
+    "result_labels",
     "split_evenly",
     "teachers_of",
 ]

@@ -45,7 +45,7 @@ class AdaptiveSteps(Steps):
     def is_measured(self, step: int) -> bool:
         return step % self._adaptive.check_every == 0 or step == self.num_steps
 
-    def observe(self, step: int, distances: dict[str, float]) -> None:
+    def observe(self, step: int, distances: dict[str, float], flops: int) -> None:
         state, in_opd = self._state, self._state["in_opd"]
         state["prompts"] += self._prompts_per_step()
         state["done"] = step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from copd_engine.algorithms.plan import MIXED, Assignment, StepPlan
 from copd_engine.algorithms.shares import copd_prompts, copd_steps, opd_assignments, rl_assignments, split_evenly
 from copd_engine.algorithms.steps import Steps
@@ -25,16 +27,46 @@ class CopdSteps(Steps):
 
 
 class BaselineSteps(Steps):
-    """GRPO until as many prompts are drawn as CoPD draws."""
+    """GRPO until as many prompts are drawn as CoPD draws, and on until ``flops_goal`` FLOPs are computed.
 
-    def __init__(self, config: RunConfig, students: tuple[str, ...]) -> None:
+    ``equal_steps`` is where all its models together have taken as many optimizer steps as CoPD's branches together.
+    """
+
+    def __init__(self, config: RunConfig, students: tuple[str, ...], flops_goal: int | None) -> None:
         super().__init__(config, students)
-        self.num_steps = -(-copd_prompts(config) // (len(students) * config.rollout.prompts_per_step))
-        steps = copd_steps(config)
-        self.equal_steps = steps if steps < self.num_steps else None
+        self._equal_rollouts = -(-copd_prompts(config) // (len(students) * config.rollout.prompts_per_step))
+        steps = copd_steps(config) * len(config.branch_names) // len(students)
+        self.equal_steps = steps if steps < self._equal_rollouts else None
+        self._flops_goal = flops_goal
+        self._done = self._flops = 0
+
+    @property
+    def equal_rollouts(self) -> int:
+        return self._equal_rollouts
+
+    @property
+    def num_steps(self) -> int:  # type: ignore[override]
+        """Until the goal is reached: how many it would be if every step computed as much as those before it."""
+        if self._flops_goal is None or not self._flops:
+            return self._equal_rollouts
+        if self.equal_flops is not None:
+            return max(self._equal_rollouts, self.equal_flops)
+        left = self._flops_goal - self._flops
+        return max(self._equal_rollouts, self._done - (-left * self._done // self._flops))
 
     def is_measured(self, step: int) -> bool:
-        return step == self.num_steps  # a cycle changes nothing here
+        return step == self._equal_rollouts  # a cycle changes nothing here
+
+    def observe(self, step: int, distances: dict[str, float], flops: int) -> None:
+        self._done, self._flops = step, flops
+        if self._flops_goal is not None and flops >= self._flops_goal and self.equal_flops is None:
+            self.equal_flops = step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done, "flops": self._flops, "equal_flops": self.equal_flops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._done, self._flops, self.equal_flops = state["done"], state["flops"], state["equal_flops"]
 
     def _cycle(self, step: int) -> int:
         return (step - 1) // (self.config.schedule.rl_steps + self.config.schedule.opd_steps) + 1
@@ -43,8 +75,8 @@ class BaselineSteps(Steps):
 class ExpertSteps(BaselineSteps):
     """Every branch alone."""
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config, config.branch_names)
+    def __init__(self, config: RunConfig, flops_goal: int | None) -> None:
+        super().__init__(config, config.branch_names, flops_goal)
         self.experts_step = self.equal_steps
 
     def plan(self, step: int) -> StepPlan:
@@ -54,8 +86,8 @@ class ExpertSteps(BaselineSteps):
 class MixedSteps(BaselineSteps):
     """One model on the pooled prompts; what does not divide evenly rotates over the branches."""
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config, (MIXED,))
+    def __init__(self, config: RunConfig, flops_goal: int | None) -> None:
+        super().__init__(config, (MIXED,), flops_goal)
 
     def plan(self, step: int) -> StepPlan:
         names = self.config.branch_names

@@ -21,12 +21,12 @@ class Schedule:
     """All steps of a run. Fixed schedules follow from the config alone and have no state; others learn from
     :meth:`observe`, which must be called after every step.
 
-    ``students``: all models that are trained; ``teachers``: who teaches each. UserError where a step would train
-    nobody.
+    ``flops_goal``: the training FLOPs of a CoPD run, until which ``expert`` and ``mixed`` go on. ``students``: all
+    models that are trained; ``teachers``: who teaches each. UserError where a step would train nobody.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._steps = _steps_of(config)
+    def __init__(self, config: RunConfig, flops_goal: int | None = None) -> None:
+        self._steps = _steps_of(config, flops_goal)
         self._beta = BetaScale(config) if config.schedule.beta_scale == "kl" else None
         self.students = self._steps.students
         self.teachers = _teachers(config)
@@ -40,13 +40,24 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """The last step; where measurements end phases, an estimate until it is reached."""
+        """The last step; where measurements end phases or the run, an estimate until it is reached."""
         return self._steps.num_steps
 
     @property
     def equal_steps(self) -> int | None:
-        """Where a baseline has taken as many steps as CoPD; it goes on until it has drawn as many rollouts."""
+        """Where a baseline has taken as many steps as CoPD, all models of either together; it goes on until it has
+        drawn as many rollouts."""
         return self._steps.equal_steps
+
+    @property
+    def equal_rollouts(self) -> int:
+        """The step after which the run has drawn CoPD's number of rollouts: its last, unless it goes on."""
+        return self._steps.equal_rollouts
+
+    @property
+    def equal_flops(self) -> int | None:
+        """The first step after which ``flops_goal`` was reached; None until it is."""
+        return self._steps.equal_flops
 
     @property
     def experts_step(self) -> int | None:
@@ -64,13 +75,14 @@ class Schedule:
         """Whether diagnostics are due after this step, whatever ``diagnostics.every`` says."""
         return self._steps.is_measured(step)
 
-    def observe(self, step: int, pairs: Sequence[Mapping[str, Any]] = ()) -> None:
-        """A step was taken; ``pairs``: rows of :func:`copd_engine.diagnostics.compare_branches` if it was measured."""
+    def observe(self, step: int, pairs: Sequence[Mapping[str, Any]] = (), flops: int = 0) -> None:
+        """A step was taken; ``pairs``: rows of :func:`copd_engine.diagnostics.compare_branches` if it was measured;
+        ``flops``: training FLOPs of all models up to this step."""
         on_edges = [pair for pair in pairs if pair["teacher"] in self.teachers.get(pair["student"], ())]
         distances = {
             name: sum(float(pair[name]) for pair in on_edges) / len(on_edges) for name in DISTANCES if on_edges
         }
-        self._steps.observe(step, distances)
+        self._steps.observe(step, distances, flops)
         if self._beta:
             self._beta.observe(on_edges)
 
@@ -83,13 +95,13 @@ class Schedule:
             self._beta.load_state_dict(state["beta"])
 
 
-def _steps_of(config: RunConfig) -> Steps:
+def _steps_of(config: RunConfig, flops_goal: int | None) -> Steps:
     if config.method == "copd":
         return AdaptiveSteps(config) if config.schedule.adaptive else CopdSteps(config)
     if config.method == "expert":
-        return ExpertSteps(config)
+        return ExpertSteps(config, flops_goal)
     if config.method == "mixed":
-        return MixedSteps(config)
+        return MixedSteps(config, flops_goal)
     return StaticSteps(config)
 
 

@@ -13,18 +13,25 @@ class Steps(ABC):
     """The steps of one method.
 
     ``students``: all models that it trains. ``first_step``..``num_steps``: the steps of a run; where measurements end
-    phases, ``num_steps`` is an estimate until the run is over. ``equal_steps``: where a baseline has taken as many
-    steps as CoPD and goes on, or None. ``experts_step``: after it the single experts are kept, or None.
+    phases or the run, ``num_steps`` is an estimate until the run is over. ``equal_steps``: where a baseline has taken
+    as many steps as CoPD and goes on, or None. ``equal_flops``: where it has computed as much as a CoPD run, or None.
+    ``experts_step``: after it the single experts are kept, or None.
     """
 
     num_steps: int
     first_step = 1
     equal_steps: int | None = None
+    equal_flops: int | None = None
     experts_step: int | None = None
 
     def __init__(self, config: RunConfig, students: tuple[str, ...]) -> None:
         self.config = config
         self.students = students
+
+    @property
+    def equal_rollouts(self) -> int:
+        """The step after which as many rollouts are drawn as CoPD draws: the last one, unless the run goes on."""
+        return self.num_steps
 
     @abstractmethod
     def plan(self, step: int) -> StepPlan:
@@ -38,8 +45,9 @@ class Steps(ABC):
         here, following = self.plan(step), self.plan(step + 1)
         return (here.cycle, here.phase) != (following.cycle, following.phase)
 
-    def observe(self, step: int, distances: dict[str, float]) -> None:
-        """What was measured after a step that was taken: means over all edges by metric, empty if nothing was."""
+    def observe(self, step: int, distances: dict[str, float], flops: int) -> None:
+        """What was measured after a step that was taken: means over all edges by metric, empty if nothing was, and the
+        training FLOPs of all models up to it."""
         return
 
     def state_dict(self) -> dict[str, Any]:

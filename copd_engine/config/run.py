@@ -23,6 +23,7 @@ BASE = "base"
 RESERVED_NAMES = {
     "average": "the tables call the mean over branches so",
     BASE: "the model that all branches start from is called so",
+    "mixed": "the one model of mixed RLVR is called so",
     "student": "the student of static_opd and mopd is called so",
 }
 
@@ -38,6 +39,7 @@ class RunConfig(Section):
 
     ``baselines``: methods to train too, from the same base with the same number of rollouts. ``parallel_baselines``:
     each in a process of its own beside the run, which needs the cores and the memory for it. ``num_threads`` 0: all.
+    ``flops_of``: the folder of a finished CoPD run; ``expert`` and ``mixed`` go on until they have computed as much.
     """
 
     name: Annotated[str, AfterValidator(_folder_name)] = "run"
@@ -45,6 +47,7 @@ class RunConfig(Section):
     method: Literal["copd", "expert", "mixed", "static_opd", "mopd"] = "copd"
     baselines: tuple[Literal["expert", "mixed", "static_opd", "mopd"], ...] = ()
     parallel_baselines: bool = False
+    flops_of: Path | None = None
     output_dir: Path = Path("runs")
     num_threads: NonNegativeInt = 0
     device: str = "auto"
@@ -70,6 +73,8 @@ class RunConfig(Section):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"branch name {sorted(twice)[0]!r} is used twice")
+        if self.schedule.hub is not None and self.schedule.topology != "hub":
+            raise ValueError("schedule.hub needs schedule.topology 'hub'")
         named = [("schedule.hub", self.schedule.hub)] if self.schedule.hub else []
         if not isinstance(self.schedule.topology, str):
             for student, teacher in self.schedule.topology:
@@ -112,10 +117,14 @@ class RunConfig(Section):
             if name is not None and name not in names:
                 raise ValueError(f"{where}: no branch is named {name!r}{suggest(name, names)}")
         used = {self.method, *self.baselines}
+        if self.flops_of is not None and (others := used - {"expert", "mixed"}):
+            raise ValueError(f"flops_of: only expert and mixed go on until a number of FLOPs, not {sorted(others)[0]}")
         if len(names) < 2 and ("static_opd" in used or ("mopd" in used and mopd.student != BASE)):
             raise ValueError("distillation from one expert into another needs at least two branches")
         if static.student is not None and static.student == static.teacher:
             raise ValueError(f"static_opd: branch {static.student!r} cannot teach itself")
+        if len(set(mopd.teachers or ())) < len(mopd.teachers or ()):
+            raise ValueError(f"mopd.teachers = {list(mopd.teachers or ())}: names a branch twice")
         if mopd.student in (mopd.teachers or ()):
             raise ValueError(f"mopd: branch {mopd.student!r} cannot teach itself")
         if mopd.student == BASE and mopd.native_share:
