@@ -64,11 +64,15 @@ def pairs(overlap: float) -> dict[str, Any]:
     return {"pairs": [{"student": s, "teacher": t, **values} for s, t in edges]}
 
 
-def write_pilot(study: StudyConfig, seed: int, overlaps: Sequence[float], gains: Sequence[float]) -> None:
+def write_pilot(
+    study: StudyConfig, seed: int, overlaps: Sequence[float], gains: Sequence[float], teacher: float = 0.8
+) -> None:
+    """Students that reach 0.3 before, and gain."""
     folder = study.output_dir / study.name / f"seed-{seed}" / "pilot"
     folder.mkdir(parents=True)
     points = [
         {"student": "text", "fraction": float(i), "before": 0.3, "after": 0.3 + gain, "gain": gain}
+        | {"teacher_accuracy": teacher}
         | {"overlap": overlap, "sum_min": overlap, "symmetric_kl": 2 - overlap}
         for i, (overlap, gain) in enumerate(zip(overlaps, gains, strict=True))
     ]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from copd_engine.study.claims import Measured, measure_claims
 from copd_engine.study.results import Results
 from copd_engine.study.statistics import t_interval
-from copd_engine.study.tables import claims_note, claims_table
+from copd_engine.study.tables import claims_note, claims_table, what_is_measured
 from copd_engine.types import UserError
-from tests.study_folder import study_of, write_pilot, write_run
+from tests.study_folder import RUN, study_of, write_pilot, write_run
 
 
 def measured(root: Path, claim: dict[str, Any], runs: Any, **sections: Any) -> Measured:
@@ -105,17 +107,20 @@ def curves(copd: dict[int, tuple[int, str, float]], expert: dict[int, float]) ->
 
 
 def test_phases_count_their_own_changes(tmp_path: Path) -> None:
-    # Phase I: 1 -> .90, .96 -> .92: mean -.07. Phase II: .90 -> .96, .92 -> .91: mean +.025.
+    # Phase I: .96 -> .92, without 1 -> .90 of equal models. Phase II: .90 -> .96, .92 -> .91: mean +.025.
     common = {"kind": "phase", "variant": "copd", "measure": "overlap"}
     falls = measured(tmp_path / "a", {**common, "phase": "rl", "direction": "falls"}, curves(CURVE, {}))
     rises = measured(tmp_path / "b", {**common, "phase": "opd", "direction": "rises"}, curves(CURVE, {}))
-    assert falls.by_seed == pytest.approx(dict.fromkeys((1, 2, 3), 0.07))
-    assert falls.note == "falls in 6 of 6 phases"
+    assert falls.by_seed == pytest.approx(dict.fromkeys((1, 2, 3), 0.04))
+    assert falls.note == "falls in 3 of 3 phases"
     assert rises.by_seed == pytest.approx(dict.fromkeys((1, 2, 3), 0.025))
     assert rises.note == "rises in 3 of 6 phases"
     assert (falls.outcome, rises.outcome) == ("holds", "holds")
     wrong = measured(tmp_path / "c", {**common, "phase": "rl", "direction": "rises"}, curves(CURVE, {}))
     assert wrong.outcome == "does not hold"
+    first = {step: row for step, row in CURVE.items() if row[0] == 1}
+    alone = measured(tmp_path / "d", {**common, "phase": "rl", "direction": "falls"}, curves(first, {}))
+    assert (alone.outcome, alone.by_seed, alone.note) == ("not decided", {}, "no such phase was measured")
 
 
 def test_above_and_stays_above_independent_experts(tmp_path: Path) -> None:
@@ -157,7 +162,50 @@ def test_the_pilots_correlation_by_seed(tmp_path: Path) -> None:
     assert found.interval.value == pytest.approx(math.tanh(np.mean(np.arctanh(list(rs.values())))))
     assert found.outcome == "holds"
     pooled = np.corrcoef(*(np.concatenate([p[i] for p in points.values()]) for i in (0, 1)))[0, 1]
-    assert found.note.startswith(f"all 36 points: r = {pooled:.2f}, p = ")
+    p = stats.ttest_1samp(np.arctanh(list(rs.values())), 0).pvalue
+    assert found.note == f"p = {p:.2g} over 3 seeds; all 36 points together: r = {pooled:.2f}"
+
+
+def test_gain_per_headroom_is_another_number(tmp_path: Path) -> None:
+    """Equal gains of other headrooms. The last student is as good as its teacher and left out."""
+
+    def runs(study: Any) -> None:
+        for seed in study.seeds:
+            write_pilot(study, seed, [0.9, 0.7, 0.5, 0.1], [0.1, 0.1, 0.1, 0.5])
+            file = study.output_dir / study.name / f"seed-{seed}" / "pilot" / "result.json"
+            result = json.loads(file.read_text())
+            for point, before in zip(result["points"], (0.3, 0.4, 0.5 + seed / 100, 0.8), strict=True):
+                point["before"] = before
+            file.write_text(json.dumps(result))
+
+    found = measured(tmp_path, {"kind": "pilot_headroom"}, runs, pilot=PILOT)
+    for seed, r in found.by_seed.items():
+        shares = [0.1 / 0.5, 0.1 / 0.4, 0.1 / (0.3 - seed / 100)]
+        assert r == pytest.approx(np.corrcoef([0.9, 0.7, 0.5], shares)[0, 1])
+    assert "all 9 points together" in found.note
+    assert found.outcome == "does not hold"
+
+
+def test_the_number_names_its_k(tmp_path: Path) -> None:
+    run = {**RUN, "diagnostics": {"top_k": 3}}
+    common = {"variant": "copd", "measure": "overlap"}
+    variants = {"copd": {"changes": {"diagnostics": {"top_k": 2}}}, "expert": {"changes": {"method": "expert"}}}
+    claims = [
+        {"claim": "a", "kind": "stays_above", **common, "level": 0.9},
+        {"claim": "b", "kind": "phase", **common, "phase": "rl", "direction": "falls"},
+        {"claim": "c", "kind": "above", "variant": "expert", "measure": "overlap", "than": "copd"},
+        {"claim": "d", "kind": "above", "variant": "expert", "measure": "sum_min", "than": "copd"},
+        {"claim": "e", "kind": "pilot"},
+    ]
+    study = study_of(tmp_path, run=run, variants=variants, claims=claims, pilot=PILOT)
+    numbers = [what_is_measured(m) for m in measure_claims(study, Results(study))]
+    assert numbers == [
+        "smallest of overlap (k = 2) of copd \N{MINUS SIGN} 0.9",
+        "how far overlap (k = 2) of copd falls over a phase I but the first",
+        "mean of overlap (k = 3) of expert \N{MINUS SIGN} copd",
+        "mean of sum_min of expert \N{MINUS SIGN} copd",
+        "r of gain and starting overlap (k = 3)",
+    ]
 
 
 def test_a_pilot_without_spread_decides_nothing(tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ def error_of(file: Path) -> str:
     return str(caught.value)
 
 
+def _above(model: str, domain: str = "average") -> dict[str, Any]:
+    """A claim about a model and the base, which every run has."""
+    variant = "mixed" if model.startswith("mixed") else "copd"
+    return {"claim": "c", "better": model, "than": f"{variant}/base", "domain": domain}
+
+
 # configs/testbed.yaml
 
 
@@ -69,8 +75,21 @@ def test_the_testbed_has_all_units_and_trains_what_others_need_first() -> None:
     assert len(units) == len(study.seeds) * (len(study.variants) + 1)
     assert len({unit.folder for unit in units}) == len(units)
     for index, unit in enumerate(units):
-        if unit.needs is not None:
-            assert f"seed-{unit.seed}/{unit.needs}" in [earlier.name for earlier in units[:index]]
+        for need in unit.needs:
+            assert f"seed-{unit.seed}/{need}" in [earlier.name for earlier in units[:index]]
+    needs = {unit.variant: unit.needs for unit in units if unit.seed == 1 and unit.needs}
+    assert needs == {
+        "expert3": ("copd3",),
+        "mixed3": ("copd3",),
+        "mopd3": ("expert3",),
+        "expert2": ("copd2",),
+        "mixed2": ("copd2",),
+        "static_image_to_text": ("expert2",),
+        "static_text_to_image": ("expert2",),
+        "pilot": ("expert3",),
+    }
+    folder = study.output_dir / "testbed" / "seed-2"
+    assert next(unit for unit in units if unit.name == "seed-2/mixed3").config.flops_of == folder / "copd3"
     static = next(unit for unit in units if unit.name == "seed-2/static_image_to_text")
     assert static.config.static_opd.experts == study.output_dir / "testbed" / "seed-2" / "expert2"
     assert 0 not in study.seeds
@@ -94,6 +113,9 @@ def test_fast_changes_the_run_the_seeds_and_the_name() -> None:
     assert (study.name, study.seeds) == ("testbed-fast", (1,))
     assert {unit.config.schedule.cycles for unit in units} == {1}
     assert {branch.data.size for unit in units for branch in unit.config.branches} == {64}
+    assert {unit.config.flops_of for unit in units if unit.variant == "expert2"} == {
+        study.output_dir / "testbed-fast" / "seed-1" / "copd2"
+    }
     assert next(u for u in units if u.variant == "copd2_conflict_0.5").config.branches[0].data.conflict == 0.5
     assert fingerprint(study, fast=True) != fingerprint(load_study(TESTBED))
 
@@ -120,6 +142,7 @@ def test_methods_and_a_run_config_are_a_whole_study(tmp_path: Path) -> None:
     }
     assert {claim.kind for claim in study.claims} == {"accuracy", "phase", "above", "stays_above"}
     assert study.tables[0].rows["CoPD, merged"] == "copd"
+    assert "Overlap (k = 10) stays above 0.90" in [claim.claim for claim in study.claims]
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -134,6 +157,14 @@ def test_methods_for_other_numbers_of_branches(tmp_path: Path, number: int) -> N
     assert "expert" in study.variants  # nobody asked for it, others need it
     assert "mixed" not in study.variants
     units_of(study)
+    if number == 1:  # nothing to merge: the branch stands for CoPD
+        assert [(c.better, c.than) for c in study.claims] == [("copd/branch:math", "expert/expert:math")]
+        rows = {
+            "base": "expert/base",
+            "math expert, alone": "expert/expert:math",
+            "CoPD, math branch": "copd/branch:math",
+        }
+        assert study.tables[0].rows == rows
 
 
 def test_what_is_written_out_stands_beside_the_defaults(tmp_path: Path) -> None:
@@ -179,6 +210,43 @@ def test_what_is_written_out_stands_beside_the_defaults(tmp_path: Path) -> None:
         (
             {"tables": [{"title": "t", "rows": {"x": "coop/merged"}}]},
             "tables.0.rows: no variant is named 'coop' (did you",
+        ),
+        (
+            {"tables": [{"title": "t", "rows": {"x": "copd/branch:texts"}}]},
+            "tables.0.rows: variant 'copd' has no row 'branch:texts' (did you mean 'branch:text'?); its rows are ",
+        ),
+        (
+            {
+                "variants": {"mixed": {"changes": {"method": "mixed"}}},
+                "claims": [_above("mixed/mixed RLVR, equal FLOPs")],
+            },
+            "claims.0: variant 'mixed' has no row 'mixed RLVR, equal FLOPs' (did you mean 'mixed RLVR, equal steps'?)",
+        ),
+        (
+            {"sweeps": [{"title": "t", "x_label": "x", "lines": {"a": {1: "copd"}}, "domain": "txt"}]},
+            "sweeps.0.lines: 'copd' is not evaluated on 'txt' (did you mean 'text'?); its domains are text, ",
+        ),
+        ({"claims": [_above("copd/base", "video")]}, "claims.0: 'copd/base' is not evaluated on 'video'"),
+        (
+            {"variants": {"copd": {}, "one": {"branches": ["text"]}}, "claims": [_above("one")]},
+            "claims.0: variant 'one' has one branch and nothing to merge; write 'one/branch:text'",
+        ),
+        (
+            {"variants": {"copd": {}, "one": {"branches": ["text"]}}, "claims": [_above("one/base")]},
+            "claims.0: 'one/base' is averaged over text, 'copd/base' over text, image; name a domain that both have",
+        ),
+        (
+            {"steps": [{"title": "t", "measure": "overlap", "lines": {"a": "copd/merged"}}]},
+            "steps.0.lines: no variant is named 'copd/merged'",
+        ),
+        ({"variants": {"a": {"flops_of": "b"}}}, "variants.a.flops_of: no variant is named 'b'"),
+        (
+            {"variants": {"a": {"flops_of": "b"}, "b": {"changes": {"method": "mixed"}}}},
+            "variants.a.flops_of: variant 'b' is not of method 'copd'",
+        ),
+        (
+            {"variants": {"a": {"flops_of": "copd"}, "copd": {}}},
+            "flops_of: only expert and mixed go on until a number of FLOPs, not copd",
         ),
         ({"claims": [{"claim": "c", "better": "copd"}]}, "claims.0: kind 'accuracy' needs 'than'"),
         ({"claims": [{"claim": "c", "kind": "pilot", "than": "copd"}]}, "kind 'pilot' takes no 'than'"),

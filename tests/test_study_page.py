@@ -16,7 +16,7 @@ from PIL import Image
 from copd_engine.study.config import StudyConfig
 from copd_engine.study.page import write_page
 from copd_engine.study.plan import fingerprint
-from copd_engine.study.run import TIMES
+from copd_engine.study.run import SESSIONS, TIMES
 from tests.study_folder import study_of, write_pilot, write_run
 
 CLAIMS: list[dict[str, Any]] = [
@@ -32,7 +32,8 @@ SECTIONS: dict[str, Any] = {
     "sweeps": [{"title": "Ratio (c)", "x_label": "ratio", "lines": {"all": {0.5: "expert", 1.5: "copd"}}}],
     "pilot": {"experts": "expert", "teacher": "image", "students": ["text"], "fractions": [1.0], "opd_steps": 1},
 }
-KEYS = ["overlap-a", "ratio-c", "pilot-gain-from-distillation-against-starting-overlap"]
+PILOTS = [f"pilot-gain{per}-from-distillation-against-starting-overlap" for per in ("", "-per-headroom")]
+KEYS = ["overlap-a", "ratio-c", *PILOTS]
 
 
 def finished(root: Path) -> StudyConfig:
@@ -44,7 +45,8 @@ def finished(root: Path) -> StudyConfig:
             "base": {"text": [1.0] * 5 + [0.0] * 15, "image": [0.5] * 20},
             "merged": {"text": [1.0] * right + [0.0] * (20 - right), "image": [0.5] * 20},
         }
-        curve = {3: (1, "rl", 0.8 + seed / 100), 5: (1, "opd", 0.9 + seed / 100)}
+        first = {3: (1, "rl", 0.85), 5: (1, "opd", 1.0)}
+        curve = {**first, 8: (2, "rl", 0.8 + seed / 100), 10: (2, "opd", 0.9 + seed / 100)}
         write_run(study, "copd", seed, models, curve)
         average = {"average": {"text": [1.0] * 10 + [0.0] * 10, "image": [0.5] * 20}}
         write_run(study, "expert", seed, average, {3: (1, "rl", 0.8), 5: (1, "rl", 0.7)})
@@ -54,7 +56,15 @@ def finished(root: Path) -> StudyConfig:
         {"unit": "seed-2/copd", "error": None, "wall_s": 60, "cpu_s": 90, "session": "a", "session_s": 120},
         {"unit": "seed-3/copd", "error": None, "wall_s": 60, "cpu_s": 60, "session": "b", "session_s": 60},
     ]
-    (root / study.name / TIMES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sessions = [
+        {"session": "a", "event": "start"},
+        {"session": "a", "event": "stop", "session_s": 150, "cpu_s": 200},  # 20 s of it for what was not finished
+        {"session": "b", "event": "start"},
+        {"session": "c", "event": "start"},
+        {"session": "c", "event": "stop", "session_s": 30, "cpu_s": 40},  # stopped before a unit ended
+    ]
+    for name, rows in ((TIMES, lines), (SESSIONS, sessions)):
+        (root / study.name / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return study
 
 
@@ -83,7 +93,14 @@ def test_numbers_are_those_of_the_run_folders(page: tuple[StudyConfig, Path]) ->
     assert falls[2].startswith("+0.180 [")
     assert falls[4] == "+0.190, +0.180, +0.170"
     assert falls[5:] == ["falls in 3 of 3 phases", "holds *"]
+    assert falls[1] == "how far overlap (k = 10) of copd falls over a phase I but the first"
     assert row_of(text, "1 of the way to the text expert")[1:4] == ["0.700", "0.700", "1.300"]
+    # Gain .03 + seed / 100 of .8 - .3: 8, 10, 12 %, half an interval t(0.975, 2) * 2 / sqrt(3).
+    assert row_of(text, "2 of the way to the text expert")[6:] == ["5.0 ± 2.5", "10.0 ± 5.0"]
+    assert "that of the teacher is 80.0 ± 0.0" in text
+    assert "overlap, k = 10 |" in text
+    assert "Top-k overlap, k = 10: mean over pairs" in text
+    assert "t test of Fisher's z: p = " in text
 
 
 def test_where_it_comes_from(page: tuple[StudyConfig, Path]) -> None:
@@ -94,8 +111,11 @@ def test_where_it_comes_from(page: tuple[StudyConfig, Path]) -> None:
     assert row_of(text, "Units finished")[1] == "9 of 9"
     assert row_of(text, "Machine")[1] == "one core"
     assert row_of(text, "Versions")[1] == "torch 2.13.0"
-    assert row_of(text, "Wall time")[1] == "3.0 min, started 2 times"  # the longest of each session
-    assert row_of(text, "CPU time")[1].startswith("4.0 min")
+    # 150 s, 60 s until the last unit of the one that was killed, 30 s.
+    killed = "killed 1 times (counted until the last unit before)"
+    assert row_of(text, "Wall time")[1] == f"4.0 min, started 3 times, {killed}"
+    assert row_of(text, "CPU time")[1].startswith("5.0 min")  # 200, 60, 40 s
+    assert row_of(text, "CoPD's topology")[1] == "both ways (two branches): copd"
     assert (
         "3 claims were tested: 2 hold, 0 do not hold, 1 are not decided" in text
         or "3 claims were tested: 3 hold" in text
@@ -143,7 +163,7 @@ def test_the_page_says_what_is_missing(tmp_path: Path) -> None:
     assert row_of(text, "Gain rises with overlap")[-1] == "missing"
     assert row_of(text, "CoPD")[1].startswith("65.0 ± ")  # of the two seeds that are there
     assert "1 are missing" in text
-    assert not (root / "figures" / f"{KEYS[2]}.png").exists()
+    assert not any((root / "figures" / f"{key}.png").exists() for key in PILOTS)
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
@@ -154,3 +174,19 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     claim = row_of(text, "Overlap falls")
     assert (claim[2], claim[-1]) == ("+0.190 [one seed]", "not decided")
     assert row_of(text, "CoPD")[1] == "60.0"
+
+
+def test_the_page_names_the_topology_of_every_copd_variant(tmp_path: Path) -> None:
+    """Three branches by all edges are another method than by hub and spokes."""
+    run = {"branches": [{"name": n, "data": {"domain": n}} for n in ("text", "image", "video")]}
+
+    def by(topology: Any) -> dict[str, Any]:
+        return {"changes": {"schedule": {"topology": topology}}}
+
+    variants = {"a": by("full"), "b": by("hub"), "c": by("full"), "d": {**by("full"), "branches": ["text", "image"]}}
+    variants |= {"e": by([["text", "image"]]), "m": {"changes": {"method": "mixed"}}}
+    study = study_of(tmp_path, run=run, variants=variants)
+    (tmp_path / study.name).mkdir()
+    write_page(study, "", {})
+    row = row_of((tmp_path / study.name / "study.md").read_text(), "CoPD's topology")
+    assert row[1] == "full: a, c; hub (text): b; both ways (two branches): d; image → text: e"

@@ -48,6 +48,8 @@ def test_points_are_kept_and_go_on_where_they_were(
     assert [(p["student"], p["fraction"]) for p in points] == [("text", 0.5), ("text", 1.0)]
     for point in points:
         assert point["gain"] == pytest.approx(point["after"] - point["before"])
+        row = next(r for r in json.loads((folder / "result.json").read_text())["rows"] if r["model"] == "expert:image")
+        assert point["teacher_accuracy"] == row["accuracy"]["image"]  # equal prompts, equal random numbers
         assert 0 < point["overlap"] <= 1
         assert point["symmetric_kl"] > 0
 

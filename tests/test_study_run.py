@@ -18,7 +18,7 @@ import yaml
 
 from copd_engine.metrics import read_metrics
 from copd_engine.study.config import load_study
-from copd_engine.study.run import TIMES, run_study, times_of
+from copd_engine.study.run import TIMES, run_study, spent, times_of
 from copd_engine.study.worker import Job, Worker
 from copd_engine.types import UserError
 from tests import cli_site
@@ -107,6 +107,10 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(
     assert records[:2] == begun[:2]  # elapsed seconds and all
     assert [line["unit"] for line in times_of(tmp_path / "small")] == ["seed-1/copd", "seed-1/long"]
     assert len({line["session"] for line in times_of(tmp_path / "small")}) == 2
+    took = spent(tmp_path / "small")
+    assert (took.num_sessions, took.num_killed) == (2, int(with_signal == signal.SIGKILL))
+    of_units = sum(line["cpu_s"] for line in times_of(tmp_path / "small"))
+    assert took.cpu_s > of_units  # with what was trained of the unit that was stopped
     assert "2 of 2" in (tmp_path / "small/study.md").read_text()
 
 
@@ -151,7 +155,17 @@ def test_a_process_that_dies_fails_its_unit_alone(
     monkeypatch.setattr(Worker, "give", give_and_kill)
     variants = dict.fromkeys(("first", "second"), study.variants["copd"])
     study = study.model_copy(update={"variants": variants, "claims": (), "tables": (), "steps": ()})
-    assert run_study(study) == {"seed-1/first": "its process ended with exit code -9"}
+    error = "its process ended with exit code -9"
+    assert run_study(study) == {"seed-1/first": error}
+    first, second = times_of(tmp_path / "small")
+    assert (first["unit"], first["error"], second["unit"], second["error"]) == (
+        "seed-1/first",
+        error,
+        "seed-1/second",
+        None,
+    )
+    assert first["wall_s"] > 0
+    assert spent(tmp_path / "small").cpu_s > second["cpu_s"]
     assert (tmp_path / "small/seed-1/second/result.json").is_file()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +13,14 @@ from copd_engine.evaluation.scores import stratified
 from copd_engine.report.run import phase_changes
 from copd_engine.study.config import PILOT, ClaimConfig, StudyConfig
 from copd_engine.study.results import Results
-from copd_engine.study.statistics import Correlation, Interval, correlation_interval, pearson, t_interval, verdict
+from copd_engine.study.statistics import (
+    Interval,
+    correlation_interval,
+    correlation_p,
+    pearson,
+    t_interval,
+    verdict,
+)
 
 Outcome = Literal["holds", "does not hold", "not decided", "missing"]
 
@@ -23,7 +30,7 @@ class Measured:
     """A claim's number by seed. Positive speaks for the claim.
 
     ``prompts``: the interval that the choice of held-out prompts alone gives, with these trained models.
-    ``note``: counts behind the number.
+    ``note``: counts behind the number. ``top_k``: the k of its overlap, None for a claim about something else.
     """
 
     claim: ClaimConfig
@@ -33,6 +40,7 @@ class Measured:
     survives_correction: bool
     prompts: PromptInterval | None = None
     note: str = ""
+    top_k: int | None = None
 
 
 @dataclass
@@ -58,16 +66,21 @@ def _measure(claim: ClaimConfig, results: Results, num_claims: int) -> Measured:
         "above": _above,
         "stays_above": _stays_above,
         "pilot": _pilot,
+        "pilot_headroom": _pilot,
     }[claim.kind](claim, results)
+    is_correlation = claim.kind in ("pilot", "pilot_headroom")
+    of_overlap = PILOT if is_correlation else claim.variant if claim.measure == "overlap" else None
+    top_k = None if of_overlap is None else results.top_k(of_overlap)
     values = list(numbers.by_seed.values())
     if not values:
-        return Measured(claim, {}, None, "not decided" if numbers.note else "missing", False, note=numbers.note)
-    interval_of = correlation_interval if claim.kind == "pilot" else t_interval
+        outcome: Outcome = "not decided" if numbers.note else "missing"
+        return Measured(claim, {}, None, outcome, False, note=numbers.note, top_k=top_k)
+    interval_of = correlation_interval if is_correlation else t_interval
     interval = interval_of(values)
     outcome = verdict(interval)
     corrected = verdict(interval_of(values, 1 - 0.05 / num_claims))
     survives = outcome != "not decided" and corrected == outcome
-    return Measured(claim, numbers.by_seed, interval, outcome, survives, numbers.prompts, numbers.note)
+    return Measured(claim, numbers.by_seed, interval, outcome, survives, numbers.prompts, numbers.note, top_k)
 
 
 def _accuracy(claim: ClaimConfig, results: Results) -> _Numbers:
@@ -95,12 +108,15 @@ def _prompt_interval(
 def _phase(claim: ClaimConfig, results: Results) -> _Numbers:
     sign = -1.0 if claim.direction == "falls" else 1.0
     measure, variant = str(claim.measure), str(claim.variant)
-    numbers, as_claimed, total = _Numbers(), 0, 0
+    numbers, as_claimed, total, is_finished = _Numbers(), 0, 0, False
     for seed in results.seeds:
         if (variant, seed) not in results.finished:
             continue
+        is_finished = True
         changes = []
         for change in phase_changes(results.records(variant, seed), [measure]):
+            if change.span.phase == "rl" and change.span.cycle == 1:
+                continue  # it starts from equal models, which any training drives apart
             before, after = change.before[measure], change.after[measure]
             if change.span.phase == claim.phase and before is not None and after is not None:
                 changes.append(sign * (after - before))
@@ -108,7 +124,10 @@ def _phase(claim: ClaimConfig, results: Results) -> _Numbers:
             numbers.by_seed[seed] = float(np.mean(changes))
             as_claimed += sum(change > 0 for change in changes)
             total += len(changes)
-    numbers.note = f"{claim.direction} in {as_claimed} of {total} phases"
+    if total:
+        numbers.note = f"{claim.direction} in {as_claimed} of {total} phases"
+    elif is_finished:
+        numbers.note = "no such phase was measured"
     return numbers
 
 
@@ -153,27 +172,39 @@ def _count_above(differences: Mapping[int, list[float]]) -> str:
 
 
 def _pilot(claim: ClaimConfig, results: Results) -> _Numbers:
-    """One r per seed: the points of a seed share their teacher, so all points together are no independent sample."""
-    by_seed = {}
-    for seed in results.seeds:
-        if (PILOT, seed) in results.finished:
-            r = pearson(*overlap_and_gain(results, [seed])).r
-            if r == r:
-                by_seed[seed] = r
+    """One r per seed, and the t test of their Fisher's z: the points of a seed share their teacher, so all points
+    together are no independent sample, and their r is a description."""
+    per_headroom = claim.kind == "pilot_headroom"
+    by_seed = correlations(results, per_headroom)
     if not by_seed:
         is_finished = any(variant == PILOT for variant, _ in results.finished)
         return _Numbers(note="overlap or gain is the same for all students" if is_finished else "")
-    pooled = pooled_correlation(results)
-    num_points = len(overlap_and_gain(results, list(by_seed))[0])
-    return _Numbers(by_seed, note=f"all {num_points} points: r = {pooled.r:.2f}, p = {pooled.p:.2g}")
+    return _Numbers(by_seed, note=correlation_note(results, per_headroom))
 
 
-def overlap_and_gain(results: Results, seeds: list[int]) -> tuple[list[float], list[float]]:
-    """The pilot's points of these seeds."""
+def correlations(results: Results, per_headroom: bool = False) -> dict[int, float]:
+    """Pearson's r of the pilot's points, by seed, without seeds that have none."""
+    finished = [seed for seed in results.seeds if (PILOT, seed) in results.finished]
+    rs = {seed: pearson(*overlap_and_gain(results, [seed], per_headroom)) for seed in finished}
+    return {seed: r for seed, r in rs.items() if r == r}
+
+
+def correlation_note(results: Results, per_headroom: bool = False) -> str:
+    """p of the rs of the seeds, and the r of all their points as a description."""
+    by_seed = correlations(results, per_headroom)
+    x, y = overlap_and_gain(results, list(by_seed), per_headroom)
+    p = correlation_p(list(by_seed.values()))
+    test = f"p = {p:.2g} over {len(by_seed)} seeds" if p == p else f"no p, {len(by_seed)} seed(s)"
+    return f"{test}; all {len(x)} points together: r = {pearson(x, y):.2f}"
+
+
+def overlap_and_gain(
+    results: Results, seeds: Sequence[int], per_headroom: bool = False
+) -> tuple[list[float], list[float]]:
+    """The pilot's points of these seeds. ``per_headroom``: gain / (teacher's accuracy - the student's before), without
+    students that were as good as their teacher."""
     points = [p for seed in seeds if (PILOT, seed) in results.finished for p in results.result(PILOT, seed)["points"]]
-    return [p["overlap"] for p in points], [p["gain"] for p in points]
-
-
-def pooled_correlation(results: Results) -> Correlation:
-    """Pearson's r of the pilot's points of all seeds."""
-    return pearson(*overlap_and_gain(results, list(results.seeds)))
+    if not per_headroom:
+        return [p["overlap"] for p in points], [p["gain"] for p in points]
+    below = [p for p in points if p["before"] < p["teacher_accuracy"]]
+    return [p["overlap"] for p in below], [p["gain"] / (p["teacher_accuracy"] - p["before"]) for p in below]

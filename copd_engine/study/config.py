@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -22,6 +22,7 @@ CLAIM_FIELDS = {
     "above": ("variant", "than", "measure"),
     "stays_above": ("variant", "measure"),
     "pilot": (),
+    "pilot_headroom": (),
 }
 
 
@@ -37,12 +38,27 @@ Seeds = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_some_different)]
 class VariantConfig(Section):
     """One way to run: ``changes`` are merged into the study's ``run``, section by section, ``each_branch`` into each of
     its branches; ``branches`` takes some of them by name. ``experts``: the variant of ``method: expert`` whose experts
-    static_opd and mopd take, of the same seed."""
+    static_opd and mopd take, of the same seed. ``flops_of``: the variant of ``method: copd`` whose training FLOPs
+    ``expert`` or ``mixed`` goes on to, past equal rollouts, for rows at equal FLOPs."""
 
     changes: dict[str, Any] = Field(default_factory=dict)
     branches: tuple[str, ...] | None = None
     each_branch: dict[str, Any] = Field(default_factory=dict)
     experts: str | None = None
+    flops_of: str | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The variants that are trained before it."""
+        return tuple(name for name in (self.experts, self.flops_of) if name is not None)
+
+
+class NamedModel(NamedTuple):
+    """A model, written VARIANT or VARIANT/ROW; where the config names it, and the domain that it is needed on."""
+
+    where: str
+    name: str
+    domain: str = "average"
 
 
 class TableConfig(Section):
@@ -89,15 +105,17 @@ class ClaimConfig(Section):
     """One sentence, and the number per seed whose sign decides it.
 
     ``accuracy``: that of the model ``better`` minus that of ``than``, on ``domain``.
-    ``phase``: how the ``measure`` of ``variant`` changes over a ``phase``, mean over all of them and all pairs.
+    ``phase``: how the ``measure`` of ``variant`` changes over a ``phase``, mean over all of them and all pairs, but
+    for the first phase I, which starts from equal models.
     ``above``: the ``measure`` of ``variant`` minus that of the variant ``than``, mean over the steps at which both have
     it, from the end of the first phase I on (before it the two are the same).
     ``stays_above``: the smallest such difference, to ``than`` or to the number ``level``.
-    ``pilot``: the correlation of the pilot's gain with starting overlap.
+    ``pilot``: the correlation of the pilot's gain with starting overlap; ``pilot_headroom``: of the gain per headroom,
+    the teacher's accuracy minus the student's before.
     """
 
     claim: str
-    kind: Literal["accuracy", "phase", "above", "stays_above", "pilot"] = "accuracy"
+    kind: Literal["accuracy", "phase", "above", "stays_above", "pilot", "pilot_headroom"] = "accuracy"
     better: str | None = None
     than: str | None = None
     domain: str = "average"
@@ -152,27 +170,41 @@ class StudyConfig(Section):
     def _names_fit(self) -> StudyConfig:
         if PILOT in self.variants:
             raise ValueError(f"variants: the name {PILOT!r} is taken")
-        named = [(f"variants.{name}.experts", variant.experts) for name, variant in self.variants.items()]
-        named += [("pilot.experts", self.pilot.experts)] if self.pilot else []
-        for where, name in named:
+        named = [(f"variants.{name}.experts", variant.experts, "expert") for name, variant in self.variants.items()]
+        named += [(f"variants.{name}.flops_of", variant.flops_of, "copd") for name, variant in self.variants.items()]
+        named += [("pilot.experts", self.pilot.experts, "expert")] if self.pilot else []
+        for where, name, method in named:
             if name is not None:
                 self._check(where, name)
-                if self.variants[name].changes.get("method") != "expert":
-                    raise ValueError(f"{where}: variant {name!r} is not of method 'expert'")
-        named = [
-            (f"steps.{i}.lines", variant) for i, steps in enumerate(self.steps) for variant in steps.lines.values()
-        ]
-        named += [(f"tables.{i}.rows", model) for i, table in enumerate(self.tables) for model in table.rows.values()]
-        for i, sweep in enumerate(self.sweeps):
-            named += [(f"sweeps.{i}.lines", model) for line in sweep.lines.values() for model in line.values()]
+                if self.variants[name].changes.get("method", self.run.get("method", "copd")) != method:
+                    raise ValueError(f"{where}: variant {name!r} is not of method {method!r}")
+        for i, steps in enumerate(self.steps):
+            for variant in steps.lines.values():
+                self._check(f"steps.{i}.lines", variant)
         for i, claim in enumerate(self.claims):
-            named += [(f"claims.{i}", model) for model in (claim.better, claim.than, claim.variant)]
-            if claim.kind == "pilot" and self.pilot is None:
-                raise ValueError(f"claims.{i}: kind 'pilot' needs the section 'pilot'")
-        for where, model in named:
-            if model is not None:
-                self._check(where, variant_of(model))
+            compared = [claim.variant, claim.than if claim.kind != "accuracy" else None]
+            for name in compared:
+                if name is not None:
+                    self._check(f"claims.{i}", name)
+            if claim.kind in ("pilot", "pilot_headroom") and self.pilot is None:
+                raise ValueError(f"claims.{i}: kind {claim.kind!r} needs the section 'pilot'")
+        for model in self.models:
+            self._check(model.where, variant_of(model.name))
         return self
+
+    @property
+    def models(self) -> list[NamedModel]:
+        """Every place that names a model whose accuracy is shown or compared."""
+        found = [
+            NamedModel(f"tables.{i}.rows", name) for i, table in enumerate(self.tables) for name in table.rows.values()
+        ]
+        for i, sweep in enumerate(self.sweeps):
+            names = [name for line in sweep.lines.values() for name in line.values()]
+            found += [NamedModel(f"sweeps.{i}.lines", name, sweep.domain) for name in names]
+        for i, claim in enumerate(self.claims):
+            names = [name for name in (claim.better, claim.than) if name is not None and claim.kind == "accuracy"]
+            found += [NamedModel(f"claims.{i}", name, claim.domain) for name in names]
+        return found
 
     def _check(self, where: str, variant: str) -> None:
         if variant not in self.variants:

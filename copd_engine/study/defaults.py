@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from copd_engine.config import DiagnosticsConfig
+
 METHODS = ("copd", "mixed", "mopd", "static_opd", "expert")
 
 
@@ -43,36 +45,49 @@ def expand_methods(run: Any, methods: list[str]) -> dict[str, Any]:
     if "copd" in methods:
         variants["copd"] = {"changes": {"method": "copd"}}
         rows.setdefault("base", "copd/base")
+        claims, steps = _of_copd(names, rows, bool(needs_experts), _top_k(run))
+        sections |= {"claims": claims, "steps": steps}
         rows |= {f"CoPD, {name} branch": f"copd/branch:{name}" for name in names}
-        rows["CoPD, merged"] = "copd"
-        sections |= _of_copd(names, rows, bool(needs_experts))
+        if len(names) > 1:
+            rows["CoPD, merged"] = "copd"
     return sections
 
 
-def _of_copd(names: list[str], rows: dict[str, str], experts: bool) -> dict[str, Any]:
-    """Claims and figures about CoPD: above every other method, level with the experts on their own, and its phases."""
-    variants = {label: model for label, model in rows.items() if "/" not in model and model != "copd"}
+def _top_k(run: Any) -> Any:
+    diagnostics = run.get("diagnostics") if isinstance(run, dict) else None
+    given = diagnostics.get("top_k") if isinstance(diagnostics, dict) else None
+    return DiagnosticsConfig().top_k if given is None else given
+
+
+def _of_copd(
+    names: list[str], others: dict[str, str], experts: bool, top_k: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Claims and figures about CoPD: above every other method and above the experts on their own domains, and its
+    phases. ``others``: label -> model of the rows without CoPD's. A lone branch has nothing to be merged with: it
+    stands for CoPD, and there is no overlap."""
+    copd = "copd" if len(names) > 1 else f"copd/branch:{names[0]}"
     claims: list[dict[str, Any]] = [
-        {"claim": f"CoPD is above {_with_article(label)}", "better": "copd", "than": model}
-        for label, model in variants.items()
+        {"claim": f"CoPD is above {_with_article(label)}", "better": copd, "than": model}
+        for label, model in others.items()
+        if "/" not in model
     ]
     if experts:
         claims += [
             {
                 "claim": f"CoPD is above the {n} expert on {n}",
-                "better": "copd",
+                "better": copd,
                 "than": f"expert/expert:{n}",
                 "domain": n,
             }
             for n in names
         ]
     if len(names) < 2:
-        return {"claims": claims}
+        return claims, []
     overlap = {"variant": "copd", "measure": "overlap"}
     claims += [
         {"claim": "Overlap falls in phase I", "kind": "phase", **overlap, "phase": "rl", "direction": "falls"},
         {"claim": "Overlap rises in phase II", "kind": "phase", **overlap, "phase": "opd", "direction": "rises"},
-        {"claim": "Overlap stays above 0.90", "kind": "stays_above", **overlap, "level": 0.9},
+        {"claim": f"Overlap (k = {top_k}) stays above 0.90", "kind": "stays_above", **overlap, "level": 0.9},
     ]
     lines = {"CoPD": "copd"}
     if experts:
@@ -83,7 +98,7 @@ def _of_copd(names: list[str], rows: dict[str, str], experts: bool) -> dict[str,
         {"title": "Top-k overlap", "measure": "overlap", "lines": lines},
         {"title": "Symmetric KL", "measure": "symmetric_kl", "lines": lines},
     ]
-    return {"claims": claims, "steps": steps}
+    return claims, steps
 
 
 def _with_article(label: str) -> str:

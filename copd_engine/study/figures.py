@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from copd_engine.report.curves import BRANCH_COLORS
 from copd_engine.report.figures import PHASE_COLOR, STYLE, png_bytes
 from copd_engine.report.run import phase_spans
-from copd_engine.study.claims import overlap_and_gain, pooled_correlation
+from copd_engine.study.claims import correlation_note, overlap_and_gain
 from copd_engine.study.config import PILOT, Measure, StepsConfig, StudyConfig, SweepConfig
 from copd_engine.study.results import Results
 from copd_engine.study.statistics import t_interval
 
 LABELS: dict[Measure, str] = {
-    "overlap": "top-k overlap",
+    "overlap": "top-k overlap, k = {k}",
     "sum_min": "Σ min(p, q)",
     "symmetric_kl": "symmetric KL (nats per token)",
 }
@@ -44,21 +44,25 @@ def draw_study(study: StudyConfig, results: Results) -> list[Picture]:
         for steps in study.steps:
             ax = _axes()
             if _draw_steps(ax, steps, results):
-                caption = "Mean over pairs of branches and seeds; band: 95 % interval over seeds; shaded: phase II."
+                caption = (
+                    f"{_sentence(_label(steps, results))}: mean over pairs of branches and seeds; band: "
+                    "95 % interval over seeds; shaded: phase II."
+                )
                 pictures.append(_picture(ax, steps.title, caption))
         for sweep in study.sweeps:
             ax = _axes()
             if _draw_sweep(ax, sweep, results):
                 caption = f"Held-out accuracy ({sweep.domain}), mean over seeds; bars: 95 % interval over seeds."
                 pictures.append(_picture(ax, sweep.title, caption))
-        if study.pilot is not None:
+        for per_headroom in (False, True) if study.pilot is not None else ():
+            assert study.pilot is not None
             ax = _axes()
-            if _draw_pilot(ax, results):
-                correlation = pooled_correlation(results)
-                title = "Pilot: gain from distillation against starting overlap"
+            if _draw_pilot(ax, results, per_headroom):
+                gain = "gain per headroom" if per_headroom else "gain"
+                title = f"Pilot: {gain} from distillation against starting overlap"
                 caption = (
-                    f"Teacher: the {study.pilot.teacher} expert. One point per student and seed; all points: "
-                    f"r = {correlation.r:.2f}, p = {correlation.p:.2g}."
+                    f"Teacher: the {study.pilot.teacher} expert. One point per student and seed. r by seed, t test "
+                    f"of Fisher's z: {correlation_note(results, per_headroom)}."
                 )
                 pictures.append(_picture(ax, title, caption))
     return pictures
@@ -77,6 +81,15 @@ def _picture(ax: Axes, title: str, caption: str) -> Picture:
     return Picture(re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"), title, caption, png_bytes(figure, dpi=140))
 
 
+def _label(config: StepsConfig, results: Results) -> str:
+    ks = dict.fromkeys(str(results.top_k(variant)) for variant in config.lines.values())
+    return LABELS[config.measure].format(k=", ".join(ks))
+
+
+def _sentence(label: str) -> str:
+    return label[0].upper() + label[1:]
+
+
 def _draw_steps(ax: Axes, config: StepsConfig, results: Results) -> bool:
     drawn = False
     for index, (label, variant) in enumerate(config.lines.items()):
@@ -92,7 +105,7 @@ def _draw_steps(ax: Axes, config: StepsConfig, results: Results) -> bool:
         ax.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     for variant in config.lines.values():
         _shade_phase_2(ax, variant, results)
-    ax.set(xlabel="optimizer step", ylabel=LABELS[config.measure])
+    ax.set(xlabel="optimizer step", ylabel=_label(config, results))
     if config.measure == "symmetric_kl" and drawn:
         ax.set_yscale("log")
     return drawn
@@ -127,18 +140,20 @@ def _draw_sweep(ax: Axes, config: SweepConfig, results: Results) -> bool:
     return drawn
 
 
-def _draw_pilot(ax: Axes, results: Results) -> bool:
+def _draw_pilot(ax: Axes, results: Results, per_headroom: bool) -> bool:
     seeds = [seed for seed in results.seeds if (PILOT, seed) in results.finished]
     all_x: list[float] = []
     all_y: list[float] = []
     for index, seed in enumerate(seeds):
-        x, y = overlap_and_gain(results, [seed])
+        x, y = overlap_and_gain(results, [seed], per_headroom)
         all_x, all_y = all_x + x, all_y + [100 * gain for gain in y]
         color, marker = BRANCH_COLORS[index % len(BRANCH_COLORS)], MARKERS[index % len(MARKERS)]
         ax.scatter(x, [100 * gain for gain in y], color=color, marker=marker, s=24, label=f"seed {seed}")
     _draw_fit(ax, all_x, all_y)
-    ax.set(xlabel="top-k overlap before distillation", ylabel="gain in accuracy (points)")
-    return bool(seeds)
+    ylabel = "gain in accuracy (% of the headroom)" if per_headroom else "gain in accuracy (points)"
+    k = results.top_k(PILOT)
+    ax.set(xlabel=f"top-k overlap before distillation, k = {k}", ylabel=ylabel)
+    return bool(all_x)
 
 
 def _draw_fit(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:

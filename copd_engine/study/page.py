@@ -18,9 +18,9 @@ import yaml
 from copd_engine.study.claims import measure_claims
 from copd_engine.study.config import PILOT, StudyConfig
 from copd_engine.study.figures import Picture, draw_study
-from copd_engine.study.plan import fingerprint, units_of
+from copd_engine.study.plan import Unit, fingerprint, units_of
 from copd_engine.study.results import Results
-from copd_engine.study.run import times_of
+from copd_engine.study.run import spent
 from copd_engine.study.tables import Table, accuracy_table, claims_table, pilot_table
 
 HTML, MARKDOWN = "study.html", "study.md"
@@ -70,7 +70,7 @@ def write_page(
 
 
 def _page(study: StudyConfig, command: str, errors: Mapping[str, str], fast: bool) -> Page:
-    results = Results(study)
+    results = Results(study, fast)
     claims = measure_claims(study, results)
     tables = [claims_table(claims)] if claims else []
     tables += [accuracy_table(table, results) for table in study.tables]
@@ -83,36 +83,49 @@ def _page(study: StudyConfig, command: str, errors: Mapping[str, str], fast: boo
         for unit in units
         if (unit.variant, unit.seed) not in results.finished
     ]
-    facts = _facts(study, command, fast, results, len(units) - len(missing), len(units))
+    facts = _facts(study, command, fast, results, units, len(units) - len(missing))
     config = yaml.safe_dump(study.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
     return Page(f"Study {study.name}", facts, missing, tables, draw_study(study, results), config)
 
 
 def _facts(
-    study: StudyConfig, command: str, fast: bool, results: Results, num_finished: int, num_units: int
+    study: StudyConfig, command: str, fast: bool, results: Results, units: Sequence[Unit], num_finished: int
 ) -> list[tuple[str, str]]:
-    times = times_of(results.root)
-    sessions: dict[str, float] = {}
-    for line in times:
-        sessions[line["session"]] = max(sessions.get(line["session"], 0.0), line["session_s"])
-    cpu = sum(line["cpu_s"] for line in times)
+    took = spent(results.root)
+    killed = f", killed {took.num_killed} times (counted until the last unit before)" if took.num_killed else ""
     found = [results.result(variant, seed) for variant, seed in sorted(results.finished)]
     versions = [f"{name} {version}" for result in found for name, version in result.get("versions", {}).items()]
     facts = [
         ("Command", command),
         ("Config, SHA-256", fingerprint(study, fast)),
         ("Seeds", ", ".join(map(str, study.seeds))),
-        ("Units finished", f"{num_finished} of {num_units}"),
+        ("Units finished", f"{num_finished} of {len(units)}"),
         ("Machine", _distinct(result["machine"] for result in found)),
         ("Date", _distinct(sorted(result["date"] for result in found))),
         ("Versions", _distinct(versions)),
-        (
-            "Wall time",
-            f"{_duration(sum(sessions.values()))}, started {len(sessions)} times",
-        ),
-        ("CPU time", f"{_duration(cpu)}, {study.processes} processes side by side"),
+        ("CoPD's topology", _topologies(units)),
+        ("Wall time", f"{_duration(took.wall_s)}, started {took.num_sessions} times{killed}"),
+        ("CPU time", f"{_duration(took.cpu_s)}, {study.processes} processes side by side"),
     ]
     return [(label, value) for label, value in facts if value]
+
+
+def _topologies(units: Sequence[Unit]) -> str:
+    """By topology, the variants that train by it; of two branches all but a list of edges are one and the same."""
+    variants: dict[str, dict[str, None]] = {}
+    for unit in units:
+        if unit.variant == PILOT or unit.config.method != "copd" or len(unit.config.branches) < 2:
+            continue
+        schedule = unit.config.schedule
+        if not isinstance(schedule.topology, str):
+            shown = ", ".join(f"{teacher} → {student}" for student, teacher in schedule.topology) or "none"
+        elif len(unit.config.branches) == 2:
+            shown = "both ways (two branches)"
+        else:
+            hub = f" ({schedule.hub or unit.config.branch_names[0]})" if schedule.topology == "hub" else ""
+            shown = schedule.topology + hub
+        variants.setdefault(shown, {})[unit.variant] = None
+    return "; ".join(f"{topology}: {', '.join(names)}" for topology, names in variants.items())
 
 
 def _distinct(values: Any) -> str:

@@ -37,8 +37,9 @@ POINTS = "points.json"
 def run_pilot(config: RunConfig, pilot: PilotConfig, experts: Path, folder: Path) -> dict[str, Any]:
     """Train the students that have no point yet; returns what ``result.json`` holds: ``{"points": [...]}``.
 
-    A point is ``{"student": branch, "fraction": x, "before": accuracy, "after": accuracy, "gain": x, "overlap": x,
-    "sum_min": x, "symmetric_kl": x}``; overlap and KL are those before the distillation, on the student's states.
+    A point is ``{"student": branch, "fraction": x, "before": accuracy, "after": accuracy, "gain": x,
+    "teacher_accuracy": accuracy, "overlap": x, "sum_min": x, "symmetric_kl": x}``. Accuracies are those on the
+    teacher's domain; overlap and KL are those before the distillation, on the student's states.
     ``config``: that of the run of ``method: expert`` in the folder ``experts``.
     """
     config = resolve(config)
@@ -51,7 +52,8 @@ def run_pilot(config: RunConfig, pilot: PilotConfig, experts: Path, folder: Path
     wanted = [(name, fraction) for name in pilot.students for fraction in pilot.fractions]
     for name, fraction in tqdm(wanted[len(points) :], desc="pilot", initial=len(points), total=len(wanted)):
         student = _between(base, _expert(config, experts, name), fraction)
-        point = _distil(config, pilot, base, base.with_full_parameters(student), teacher, encoder)
+        known = points[0]["teacher_accuracy"] if points else None
+        point = _distil(config, pilot, base, base.with_full_parameters(student), teacher, encoder, known)
         points.append({"student": name, "fraction": fraction, **point})
         run_folder.write_json(file, {"points": points})
     result = {
@@ -78,9 +80,15 @@ def _between(base: Policy, expert: Policy, fraction: float) -> dict[str, torch.T
 
 
 def _distil(
-    config: RunConfig, pilot: PilotConfig, base: Policy, student: Policy, teacher: Policy, encoder: PromptEncoder
+    config: RunConfig,
+    pilot: PilotConfig,
+    base: Policy,
+    student: Policy,
+    teacher: Policy,
+    encoder: PromptEncoder,
+    teacher_accuracy: float | None,
 ) -> dict[str, float]:
-    """Measure, distil, measure again."""
+    """Measure, distil, measure again; the teacher's accuracy unless it is known."""
     number = config.branch_names.index(pilot.teacher)
     temperature, beta = config.rollout.temperature, config.branches[number].beta
     objective = config.objective
@@ -101,18 +109,21 @@ def _distil(
         try:
             runner = StepRunner(config, branches, engine, streams)
 
-            def accuracy() -> float:
+            def accuracy(model: str) -> float:
                 prompts, seed = {pilot.teacher: held_out}, derive_seed(config.seed, "eval")
-                return evaluate(engine, STUDENT, prompts, runner.sampling, seed)[0][pilot.teacher].mean
+                return evaluate(engine, model, prompts, runner.sampling, seed)[0][pilot.teacher].mean
 
             pairs = compare_branches(branches, engine, probes, runner.sampling, config.diagnostics.top_k)
             start: Mapping[str, Any] = next(pair for pair in pairs if pair["student"] == STUDENT)
-            before = accuracy()
+            before = accuracy(STUDENT)
             assignment = Assignment(STUDENT, pilot.teacher, config.rollout.prompts_per_step, pilot.teacher)
             for step in range(1, pilot.opd_steps + 1):
                 runner.run(StepPlan(step, 1, "opd", (assignment,)), Timer())
-            after = accuracy()
+            after = accuracy(STUDENT)
+            if teacher_accuracy is None:
+                teacher_accuracy = accuracy(pilot.teacher)  # it is not trained
         finally:
             engine.close()
     measures = {key: float(start[key]) for key in ("overlap", "sum_min", "symmetric_kl")}
-    return {"before": before, "after": after, "gain": after - before, **measures}
+    accuracies = {"before": before, "after": after, "gain": after - before, "teacher_accuracy": teacher_accuracy}
+    return {**accuracies, **measures}

@@ -13,6 +13,7 @@ from typing import Any
 from copd_engine import run_folder
 from copd_engine.config import RunConfig, build_config
 from copd_engine.study.config import PILOT, StudyConfig
+from copd_engine.study.models import check_models
 from copd_engine.types import UserError, suggest
 
 STUDY = "study.json"
@@ -21,13 +22,13 @@ GENERATED = ("testbed", "reasoning_gym")
 
 @dataclass(frozen=True)
 class Unit:
-    """A variant with a seed. ``needs``: the variant of the same seed that is trained before it."""
+    """A variant with a seed. ``needs``: the variants of the same seed that are trained before it."""
 
     variant: str
     seed: int
     folder: Path
     config: RunConfig
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -43,25 +44,28 @@ def study_dir_of(study: StudyConfig) -> Path:
 
 
 def units_of(study: StudyConfig, fast: bool = False) -> list[Unit]:
-    """All units, seed by seed, in the config's order, the pilot last. UserError for a run config that is wrong."""
+    """All units, seed by seed, in the config's order, the pilot last. UserError for a run config that is wrong, and
+    where a table, a figure or a claim names a model that no run will have."""
     root = study_dir_of(study)
     units = []
     for seed in study.seeds:
         folder = root / f"seed-{seed}"
         for name, variant in study.variants.items():
-            config = _run_config(study, name, seed, folder, fast)
-            units.append(Unit(name, seed, folder / name, config, variant.experts))
+            config = run_config(study, name, seed, fast)
+            units.append(Unit(name, seed, folder / name, config, variant.needs))
         if study.pilot is not None:
             config = next(u.config for u in units if (u.seed, u.variant) == (seed, study.pilot.experts))
             for branch in (study.pilot.teacher, *study.pilot.students):
                 if branch not in config.branch_names:
                     raise UserError(f"pilot: no branch of variant {study.pilot.experts!r} is named {branch!r}")
-            units.append(Unit(PILOT, seed, folder / PILOT, config, study.pilot.experts))
+            units.append(Unit(PILOT, seed, folder / PILOT, config, (study.pilot.experts,)))
+    check_models(study, {unit.variant: unit.config for unit in units if unit.seed == study.seeds[0]})
     return units
 
 
-def _run_config(study: StudyConfig, name: str, seed: int, folder: Path, fast: bool) -> RunConfig:
-    variant = study.variants[name]
+def run_config(study: StudyConfig, name: str, seed: int, fast: bool = False) -> RunConfig:
+    """The config of a variant with a seed, in the study's folder."""
+    variant, folder = study.variants[name], study_dir_of(study) / f"seed-{seed}"
     data = merged(study.run, variant.changes)
     where = f"variants.{name}"
     branches = data.get("branches")
@@ -76,6 +80,7 @@ def _run_config(study: StudyConfig, name: str, seed: int, folder: Path, fast: bo
     changes = merged(variant.each_branch, study.fast.each_branch) if fast else variant.each_branch
     data["branches"] = [_with_seed(merged(branch, changes), seed) for branch in branches]
     data |= {"name": name, "seed": seed, "output_dir": str(folder), "baselines": [], "parallel_baselines": False}
+    data["flops_of"] = variant.flops_of and str(folder / variant.flops_of)
     if fast:
         data = merged(data, study.fast.run)
     if variant.experts is not None:

@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from copd_engine.algorithms import EQUAL_FLOPS, EQUAL_STEPS
 from copd_engine.metrics import read_metrics
 from copd_engine.report.run import Record, pair_value
 from copd_engine.run_folder import RESULT, SCORES, file_name
 from copd_engine.study.config import PILOT, StudyConfig
-from copd_engine.study.plan import study_dir_of
+from copd_engine.study.plan import run_config, study_dir_of
 from copd_engine.types import UserError
-
-EQUAL_STEPS = ", equal steps"
 
 
 class Results:
     """Reads each run folder once. What a unit that is not finished would say is left out of every answer."""
 
-    def __init__(self, study: StudyConfig) -> None:
+    def __init__(self, study: StudyConfig, fast: bool = False) -> None:
+        self._study, self._fast = study, fast
         self.seeds = study.seeds
         self.root = study_dir_of(study)
         self.finished = {
@@ -40,6 +40,12 @@ class Results:
     def result(self, variant: str, seed: int) -> dict[str, Any]:
         result: dict[str, Any] = json.loads((self._folder(variant, seed) / RESULT).read_text())
         return result
+
+    def top_k(self, variant: str) -> int:
+        """The k of its top-k overlap; that of the pilot is that of its experts."""
+        if variant == PILOT and self._study.pilot is not None:
+            variant = self._study.pilot.experts
+        return run_config(self._study, variant, self.seeds[0], self._fast).diagnostics.top_k
 
     @functools.cache  # noqa: B019
     def records(self, variant: str, seed: int) -> list[Record]:
@@ -90,9 +96,9 @@ class Results:
 
 
 def final_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What a run ends with: the merge, or the one model of a baseline."""
+    """What a run is for: the merge, or the one model of a baseline, at equal rollouts."""
     for kind in ("merged", "baseline"):
         for row in rows:
-            if row["kind"] == kind and not row["model"].endswith(EQUAL_STEPS):
+            if row["kind"] == kind and not row["model"].endswith((EQUAL_STEPS, EQUAL_FLOPS)):
                 return row
     return None

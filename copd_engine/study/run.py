@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from copd_engine.metrics import read_jsonl
-from copd_engine.study.config import StudyConfig
+from copd_engine.study.config import PILOT, StudyConfig
 from copd_engine.study.plan import STUDY, Unit, claim_folder, units_of
-from copd_engine.study.worker import Job, Worker
+from copd_engine.study.worker import Job, Outcome, Worker
 from copd_engine.types import UserError
 
-TIMES = "times.jsonl"
+TIMES, SESSIONS = "times.jsonl", "sessions.jsonl"
 
 
 def run_study(study: StudyConfig, command: str = "", fast: bool = False) -> dict[str, str]:
@@ -36,9 +37,10 @@ def run_study(study: StudyConfig, command: str = "", fast: bool = False) -> dict
         todo = [unit for unit in units if not unit.is_finished]
         bar = tqdm(total=len(units), initial=len(units) - len(todo), desc=study.name, unit="unit", dynamic_ncols=True)
         stack.callback(bar.close)
+        session = stack.enter_context(_session(root)) if todo else ""
         workers = [Worker.start() for _ in range(min(study.processes, len(todo)))]
         stack.callback(_stop, workers)
-        return _Scheduler(study, units, todo, root, command, bar).run(workers)
+        return _Scheduler(study, units, todo, root, command, bar, session).run(workers)
 
 
 def _stop(workers: list[Worker]) -> None:
@@ -48,7 +50,14 @@ def _stop(workers: list[Worker]) -> None:
 
 class _Scheduler:
     def __init__(
-        self, study: StudyConfig, units: Sequence[Unit], todo: list[Unit], root: Path, command: str, bar: tqdm[Any]
+        self,
+        study: StudyConfig,
+        units: Sequence[Unit],
+        todo: list[Unit],
+        root: Path,
+        command: str,
+        bar: tqdm[Any],
+        session: str,
     ) -> None:
         self._study = study
         self._todo = todo
@@ -58,7 +67,7 @@ class _Scheduler:
         self._bar = bar
         self._errors: dict[str, str] = {}
         self._times: dict[str, list[float]] = {}
-        self._session = datetime.now(UTC).isoformat(timespec="seconds")
+        self._session = session
         self._started = time.perf_counter()
         self._num_processes = study.processes
 
@@ -78,20 +87,22 @@ class _Scheduler:
                         workers[workers.index(worker)] = Worker.start()
 
     def _next(self) -> Unit | None:
-        """The first unit whose need is met, out of the list; those whose need failed leave it as failed."""
+        """The first unit whose needs are met, out of the list; those of which one failed leave it as failed."""
         for unit in list(self._todo):
-            need = f"seed-{unit.seed}/{unit.needs}"
-            if unit.needs is None or need in self._finished:
+            needs = [f"seed-{unit.seed}/{name}" for name in unit.needs]
+            failed = next((need for need in needs if need in self._errors), None)
+            if failed is not None:
+                self._todo.remove(unit)
+                self._fail(unit, f"it needs {failed}, which failed")
+            elif self._finished.issuperset(needs):
                 self._todo.remove(unit)
                 return unit
-            if need in self._errors:
-                self._todo.remove(unit)
-                self._fail(unit, f"it needs {need}, which failed")
         return None
 
     def _job(self, unit: Unit) -> Job:
-        experts = None if unit.needs is None else unit.folder.parent / unit.needs
-        return Job(unit, experts, self._study.pilot, self._command, self._log_of(unit))
+        pilot = self._study.pilot if unit.variant == PILOT else None
+        experts = None if pilot is None else unit.folder.parent / pilot.experts
+        return Job(unit, experts, pilot, self._command, self._log_of(unit))
 
     def _log_of(self, unit: Unit) -> Path:
         return self._root / "logs" / f"{unit.name.replace('/', '-')}.txt"
@@ -100,19 +111,16 @@ class _Scheduler:
         job = worker.job
         assert job is not None
         unit, outcome = job.unit, worker.outcome()
-        if outcome is None:
-            self._fail(unit, f"its process ended with exit code {worker.process.exitcode}")
-            return
+        if outcome is None:  # what it computed is known when the session ends
+            error = f"its process ended with exit code {worker.process.exitcode}"
+            outcome = Outcome(error, time.perf_counter() - worker.given, 0.0)
         line = {
             "unit": unit.name,
-            "error": outcome.error,
-            "wall_s": outcome.wall_s,
-            "cpu_s": outcome.cpu_s,
+            **outcome._asdict(),
             "session": self._session,
             "session_s": time.perf_counter() - self._started,
         }
-        with (self._root / TIMES).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self._root / TIMES, line)
         if outcome.error is not None:
             self._fail(unit, outcome.error)
             return
@@ -138,6 +146,58 @@ class _Scheduler:
 def times_of(root: Path) -> list[dict[str, Any]]:
     """What each unit took, in the order in which they ended."""
     return read_jsonl(root / TIMES) if (root / TIMES).is_file() else []
+
+
+class Spent(NamedTuple):
+    """What all sessions of a study took, those too that were stopped. A session that was killed says nothing at its
+    end: it counts until its last unit ended, ``num_killed`` of ``num_sessions``."""
+
+    wall_s: float
+    cpu_s: float
+    num_sessions: int
+    num_killed: int
+
+
+def spent(root: Path) -> Spent:
+    """Wall and CPU time of the study in ``root``."""
+    lines = read_jsonl(root / SESSIONS) if (root / SESSIONS).is_file() else []
+    units = times_of(root)
+    names = dict.fromkeys([line["session"] for line in (*lines, *units)])
+    stopped = {line["session"]: line for line in lines if line["event"] == "stop"}
+    wall_s = cpu_s = 0.0
+    for name in names:
+        of_units = [line for line in units if line["session"] == name]
+        if name in stopped:
+            wall_s += stopped[name]["session_s"]
+            cpu_s += stopped[name]["cpu_s"]
+        else:
+            wall_s += max((line["session_s"] for line in of_units), default=0.0)
+            cpu_s += sum(line["cpu_s"] for line in of_units)
+    return Spent(wall_s, cpu_s, len(names), len(names) - len(stopped))
+
+
+@contextlib.contextmanager
+def _session(root: Path) -> Iterator[str]:
+    """A line when the session starts and one when it stops, which knows the CPU time of all processes it had."""
+    name, started = datetime.now(UTC).isoformat(timespec="microseconds"), time.perf_counter()
+    before = _cpu_seconds_of_children()
+    _append(root / SESSIONS, {"session": name, "event": "start"})
+    try:
+        yield name
+    finally:
+        took = {"session_s": time.perf_counter() - started, "cpu_s": _cpu_seconds_of_children() - before}
+        _append(root / SESSIONS, {"session": name, "event": "stop", **took})
+
+
+def _cpu_seconds_of_children() -> float:
+    """Of those that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
 @contextlib.contextmanager

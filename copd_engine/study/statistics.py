@@ -24,13 +24,6 @@ class Interval(NamedTuple):
     high: float
 
 
-class Correlation(NamedTuple):
-    """Pearson's r and its two-sided p-value; NaN with fewer than three points or without spread."""
-
-    r: float
-    p: float
-
-
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean and Student's t interval with n - 1 degrees of freedom. ValueError for no values."""
     if not values:
@@ -49,16 +42,26 @@ def verdict(interval: Interval) -> Verdict:
     return "does not hold" if interval.high < 0 else "not decided"
 
 
-def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """r = 0.89 in the paper's pilot; p by the t distribution of r sqrt((n - 2) / (1 - r^2))."""
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's r, 0.89 in the paper's pilot; NaN with fewer than three points or without spread."""
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Correlation(math.nan, math.nan)
-    result = stats.pearsonr(x, y)
-    return Correlation(float(result.statistic), float(result.pvalue))
+        return math.nan
+    return float(stats.pearsonr(x, y).statistic)
 
 
 def correlation_interval(rs: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean of one r per seed and its t interval, both on Fisher's scale atanh(r), where r is roughly normal."""
+    return Interval(*(math.tanh(bound) for bound in t_interval(_fishers_z(rs), confidence)))
+
+
+def correlation_p(rs: Sequence[float]) -> float:
+    """Two-sided p-value of the t test that the mean of one Fisher's z per seed is 0; NaN with fewer than two seeds.
+
+    The interval of :func:`correlation_interval` leaves 0 out where p is below 1 - confidence.
+    """
+    return float(stats.ttest_1samp(_fishers_z(rs), 0.0).pvalue) if len(rs) > 1 else math.nan
+
+
+def _fishers_z(rs: Sequence[float]) -> list[float]:
     limit = 1 - 1e-12  # atanh(1) is infinite
-    scaled = t_interval([math.atanh(min(max(r, -limit), limit)) for r in rs], confidence)
-    return Interval(*(math.tanh(bound) for bound in scaled))
+    return [math.atanh(min(max(r, -limit), limit)) for r in rs]

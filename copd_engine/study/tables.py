@@ -59,13 +59,16 @@ def what_is_measured(m: Measured) -> str:
     claim = m.claim
     if claim.kind == "accuracy":
         return f"{claim.better} {MINUS} {claim.than}, {claim.domain} (points)"
+    k = "" if m.top_k is None else f" (k = {m.top_k})"
     if claim.kind == "phase":
-        phase = "I" if claim.phase == "rl" else "II"
-        return f"how far {claim.measure} of {claim.variant} {claim.direction} over a phase {phase}"
-    if claim.kind == "pilot":
-        return "r of gain and starting overlap"
+        phase = "I but the first" if claim.phase == "rl" else "II"
+        return f"how far {claim.measure}{k} of {claim.variant} {claim.direction} over a phase {phase}"
+    if claim.kind in ("pilot", "pilot_headroom"):
+        gain = "gain" if claim.kind == "pilot" else "gain / (teacher's accuracy - accuracy before)"
+        return f"r of {gain.replace('-', MINUS)} and starting overlap{k}"
     than = claim.than if claim.level is None else f"{claim.level:g}"
-    return f"{'mean' if claim.kind == 'above' else 'smallest'} of {claim.measure} of {claim.variant} {MINUS} {than}"
+    mean = "mean" if claim.kind == "above" else "smallest"
+    return f"{mean} of {claim.measure}{k} of {claim.variant} {MINUS} {than}"
 
 
 def _number(m: Measured, value: float) -> str:
@@ -142,8 +145,21 @@ def pilot_table(results: Results, seeds: list[int]) -> Table:
         mean = {key: sum(p[key] for p in of_seeds) / len(of_seeds) for key in of_seeds[0] if key != "student"}
         accuracies = [f"{100 * mean[key]:.1f}" for key in ("before", "after")]
         gain = _percent(t_interval([p["gain"] for p in of_seeds]))
+        below = [p for p in of_seeds if p["before"] < p["teacher_accuracy"]]
+        shares = [p["gain"] / (p["teacher_accuracy"] - p["before"]) for p in below]
+        share = _percent(t_interval(shares)) if shares else "-"
         distances = [f"{mean[key]:.3f}" for key in ("overlap", "sum_min", "symmetric_kl")]
-        rows.append([f"{fraction:g} of the way to the {student} expert", *distances, *accuracies, gain])
-    columns = ["student", "overlap", "Σ min(p, q)", "symmetric KL", "before", "after", "gain"]
-    note = "Distance to the teacher at the start, on the student's states; accuracy on the teacher's domain in %."
+        rows.append([f"{fraction:g} of the way to the {student} expert", *distances, *accuracies, gain, share])
+    k = f"k = {results.top_k('pilot')}"
+    columns = ["student", f"overlap, {k}", "Σ min(p, q)", "symmetric KL", "before", "after", "gain", "of the headroom"]
+    teacher = t_interval([points["teacher_accuracy"] for points in _first_points(results, seeds)])
+    note = (
+        "Distance to the teacher at the start, on the student's states; accuracy on the teacher's domain in %, that of "
+        f"the teacher is {_percent(teacher)}. Headroom: what the teacher is above the student before."
+    )
     return Table("Pilot: students", columns, rows, note)
+
+
+def _first_points(results: Results, seeds: list[int]) -> list[dict[str, Any]]:
+    """One point of each seed: they share their teacher."""
+    return [results.result("pilot", seed)["points"][0] for seed in seeds]

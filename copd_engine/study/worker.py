@@ -24,7 +24,8 @@ from copd_engine.types import UserError
 
 
 class Job(NamedTuple):
-    """A unit, and what it is trained with. ``log``: where its process writes what it would print."""
+    """A unit, and what it is trained with. ``experts``: the run whose experts the pilot takes. ``log``: where its
+    process writes what it would print."""
 
     unit: Unit
     experts: Path | None
@@ -43,11 +44,12 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Worker:
-    """The process, seen from outside. ``job`` is what it is training."""
+    """The process, seen from outside. ``job`` is what it is training, ``given`` the time at which it got it."""
 
     process: multiprocessing.process.BaseProcess
     connection: Connection
     job: Job | None = None
+    given: float = 0.0
 
     @classmethod
     def start(cls) -> Worker:
@@ -59,7 +61,7 @@ class Worker:
         return cls(process, ours)
 
     def give(self, job: Job) -> None:
-        self.job = job
+        self.job, self.given = job, time.perf_counter()
         self.connection.send(job)
 
     def outcome(self) -> Outcome | None:
