@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from copd_engine.config import DataConfig
+from copd_engine.config import DataConfig, build_config
 from copd_engine.evaluate import evaluate
+from copd_engine.held_out import HeldOut
 from copd_engine.prompts import HeldOutPrompts, in_chunks
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
@@ -97,3 +98,37 @@ def test_evaluation_in_chunks_draws_what_one_call_draws(model, monkeypatch):
     assert whole[0] == parts[0]
     assert all(r.request.prompt.pixel_values is None for _, r, _ in whole[1])
     assert len(evaluate(*arguments, num_prompts=3)[1]) == 3
+
+
+def held_out(model: Any, folder: Path, eval_size: int, **diagnostics: int) -> HeldOut:
+    branches = [{"name": d, "data": {"domain": d, "eval_size": eval_size}} for d in ("text", "image")]
+    config = build_config(
+        {
+            "branches": branches,
+            "rollout": {"max_new_tokens": 2},
+            "eval": {"num_prompts": 9, "final_num_prompts": 6},
+            "diagnostics": diagnostics,
+        }
+    )
+    return HeldOut(config, model[1], folder)
+
+
+def test_probes_stand_behind_the_prompts_of_the_test(model, tmp_path, caplog):
+    """Both are the same with and without the other; too few prompts are said."""
+    expected = {d: [e.uid for e in tasks.testbed_examples(d, "eval", 8, 0)] for d in ("text", "image")}
+    enough, few = held_out(model, tmp_path, 8, num_prompts=2), held_out(model, tmp_path, 7, num_prompts=2)
+    assert [p.prompt.example.uid for p in enough.probes()] == [u for uids in expected.values() for u in uids[6:8]]
+    assert not caplog.records
+    with caplog.at_level("INFO"):
+        assert [p.prompt.example.uid for p in few.probes()] == [u for uids in expected.values() for u in uids[:2]]
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "branch 'text': 7 held-out prompts",
+        "branch 'image': 7 held-out prompts",
+    ]
+    policy, encoder = model
+    engine = EmbeddedEngine({"text": policy}, encoder)
+    for tested in (enough, few):
+        samples = tested.evaluate(engine, "text", 9)[1]  # more than the test has
+        assert [r.request.prompt.example.uid for _, r, _ in samples] == [
+            u for uids in expected.values() for u in uids[:6]
+        ]

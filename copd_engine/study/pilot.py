@@ -97,11 +97,11 @@ def _distil(
         name: Branch(name, policy, encoder, config.optim, objective, temperature, beta, config.distillation, reference)
         for name, policy in ((STUDENT, student), (pilot.teacher, teacher))
     }
-    held_out = held_out_prompts(config, number, encoder, config.eval.final_num_prompts)
-    probes = [
-        RolloutRequest(prompt, derive_seed(config.seed, "probe", i), i)
-        for i, prompt in enumerate(held_out[: config.diagnostics.num_prompts])
-    ]
+    num_tested, num_probes = config.eval.final_num_prompts, config.diagnostics.num_prompts
+    held_out = held_out_prompts(config, number, encoder, num_tested + num_probes)
+    behind = held_out[num_tested:]
+    probed = behind if len(behind) == num_probes else held_out[:num_probes]
+    probes = [RolloutRequest(prompt, derive_seed(config.seed, "probe", i), i) for i, prompt in enumerate(probed)]
     streams = prompt_sources(config, [STUDENT], load_train_examples(config), encoder)
     with tempfile.TemporaryDirectory(prefix="copd-") as scratch:
         policies = {name: branch.policy for name, branch in branches.items()}
@@ -111,7 +111,7 @@ def _distil(
 
             def accuracy(model: str) -> float:
                 prompts, seed = {pilot.teacher: held_out}, derive_seed(config.seed, "eval")
-                return evaluate(engine, model, prompts, runner.sampling, seed)[0][pilot.teacher].mean
+                return evaluate(engine, model, prompts, runner.sampling, seed, num_tested)[0][pilot.teacher].mean
 
             pairs = compare_branches(branches, engine, probes, runner.sampling, config.diagnostics.top_k)
             start: Mapping[str, Any] = next(pair for pair in pairs if pair["student"] == STUDENT)
