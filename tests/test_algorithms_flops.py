@@ -171,6 +171,16 @@ def test_a_run_at_equal_flops_goes_on_bitwise(folder: Path, tmp_path: Path) -> N
         assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
+def test_experts_that_went_on_are_taken_where_they_had_taken_copds_steps(folder: Path, tmp_path: Path) -> None:
+    goal_run = with_more_flops(folder / "runs/copd", tmp_path / "copd", 1.6)
+    rows = {}
+    for name, changes in (("stops", {}), ("goes-on", {"flops_of": str(goal_run)})):
+        experts = train(settings_of(folder, "expert", f"experts-{name}", **changes))
+        student = train(settings_of(folder, "mopd", f"mopd-{name}", mopd={"experts": str(experts)}))
+        rows[name] = (rows_of(student), contents(student / "models"))
+    assert rows["stops"] == rows["goes-on"]
+
+
 def test_labels_are_those_of_the_result(folder: Path) -> None:
     for method, num_branches in (("copd", 1), ("copd", 2), ("expert", 1), ("mixed", 1), ("static_opd", 2), ("mopd", 2)):
         config = settings_of(folder, method, f"labels-{method}-{num_branches}", num_branches)

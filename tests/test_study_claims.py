@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from scipy import stats
 
 from copd_engine.study.claims import Measured, measure_claims
-from copd_engine.study.results import Results
+from copd_engine.study.results import Results, final_row
 from copd_engine.study.statistics import t_interval
 from copd_engine.study.tables import claims_note, claims_table, what_is_measured
 from copd_engine.types import UserError
@@ -29,6 +30,17 @@ def measured(root: Path, claim: dict[str, Any], runs: Any, **sections: Any) -> M
 def scores(*right: int) -> list[float]:
     """20 prompts, of which these are solved."""
     return [float(i in right) for i in range(20)]
+
+
+def test_a_variant_stands_for_its_model_at_equal_rollouts() -> None:
+    """In whatever order its rows are."""
+    labels = ["mixed RLVR, equal FLOPs", "mixed RLVR, equal steps", "mixed RLVR"]
+    rows = [{"model": "base", "kind": "base"}, *({"model": label, "kind": "baseline"} for label in labels)]
+    for order in itertools.permutations(rows):
+        found = final_row(order)
+        assert found is not None
+        assert found["model"] == "mixed RLVR"
+    assert final_row(rows[:3]) is None
 
 
 @pytest.mark.parametrize(

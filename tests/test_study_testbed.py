@@ -140,7 +140,7 @@ def test_all_of_it_runs(tmp_path: Path, copd: Callable[..., Ended]) -> None:
         assert claim.claim in html
     assert f"{len(study.claims)} claims were tested: 0 hold, 0 do not hold, {len(study.claims)} are not decided" in text
     assert "missing" not in text.split("## Config")[0]
-    figures = [*study.steps, *study.sweeps, study.pilot]
+    figures = [*study.steps, *study.sweeps, "gain", "gain per headroom"]
     assert len(list((tmp_path / "results").glob("*.png"))) == html.count("data:image/png") == len(figures)
     for table in study.tables:
         assert f"## {table.title}" in text
