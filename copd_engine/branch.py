@@ -93,6 +93,12 @@ class Branch:
         self._head = None
         self.version += 1  # or an engine would keep the old weights
 
+    def finish(self) -> None:
+        """It is not updated any more: the optimizer's moments are freed."""
+        self.optimizer.state.clear()
+        if self.host_states is not None:
+            self.host_states.forget_moments()
+
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """Log-probs fp32 ``[N]`` on the CPU of each rollout's tokens under this branch, at the sampling temperature."""

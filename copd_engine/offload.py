@@ -55,6 +55,10 @@ class HostStates:
         for tensor, home in moved:
             tensor.data = home
 
+    def forget_moments(self) -> None:
+        """The optimizer has dropped them."""
+        self._homes = {(name, field): home for (name, field), home in self._homes.items() if not field}
+
     def _tensors(self) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
         copies = self._masters.copies
         for name, master in self._masters.tensors.items():

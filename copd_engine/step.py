@@ -76,6 +76,8 @@ class StepRunner:
         for student, start in plan.copies:
             self.branches[student].start_from(self.branches[start].parameters)
             self.engine.sync(student, self.branches[student].parameters, self.branches[student].version)
+        for name in plan.finished:
+            self.branches[name].finish()
         before = dict(self.work)
         drawn = self.roll_out(plan, timer)
         per_branch: dict[str, dict[str, Any]] = {}

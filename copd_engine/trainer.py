@@ -265,6 +265,11 @@ class Trainer:
             (self.run_dir / run_folder.SAMPLES).unlink(missing_ok=True)
             return None
         step, state = checkpoint.load_checkpoint(newest, self.branches)
+        if step < self.schedule.first_step - 1:
+            raise UserError(
+                f"{newest}: its experts are still in training, and {self.config.method}.experts takes others; leave it "
+                "out to go on, or choose another name=..."
+            )
         self._last_checkpoint = newest
         # Where a newer one is damaged, the older ones stay.
         if newest == checkpoint.complete_checkpoints(folder)[-1]:

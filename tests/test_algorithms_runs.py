@@ -234,6 +234,28 @@ def stop_behind(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -
             run(config)
 
 
+def test_experts_without_further_updates_give_their_moments_back(material: tuple[Path, Path], tmp_path: Path) -> None:
+    """In the checkpoints too: of a large model they are most of what is held."""
+    config = config_of(material, tmp_path, "static_opd")
+    trainer = Trainer(config, folder_of(config))
+    trainer.run()
+    held = {name: len(branch.optimizer.state) for name, branch in trainer.branches.items()}
+    assert held["text"] == held["image"] == 0 < held["student"]
+    for step, is_held in ((3, True), (4, False)):
+        moments = load_file(folder_of(config) / "checkpoints" / f"step-{step:06d}" / "optim-image.safetensors")
+        assert bool(moments) == is_held
+
+
+def test_a_started_run_cannot_take_its_experts_from_another(
+    material: tuple[Path, Path], expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = config_of(material, tmp_path, "mopd")
+    stop_behind(started, 2, monkeypatch)
+    config = config_of(material, tmp_path, "mopd", mopd={"experts": str(expert)})
+    with pytest.raises(UserError, match=r"step-000002: its experts are still in training, and mopd.experts takes"):
+        Trainer(config, folder_of(config)).run()
+
+
 # Experts that do not fit
 
 

@@ -35,7 +35,8 @@ class Assignment:
 class StepPlan:
     """One optimizer step of every student; ``step`` and ``cycle`` count from 1, ``phase`` is ``rl`` or ``opd``.
 
-    ``copies``: before the step, each (student, branch) makes the student a copy of that branch.
+    ``copies``: before the step, each (student, branch) makes the student a copy of that branch. ``finished``: branches
+    that are not trained any more from this step on.
     """
 
     step: int
@@ -43,6 +44,7 @@ class StepPlan:
     phase: str
     assignments: tuple[Assignment, ...]
     copies: tuple[tuple[str, str], ...] = ()
+    finished: tuple[str, ...] = ()
 
     def of(self, student: str) -> tuple[Assignment, ...]:
         return tuple(a for a in self.assignments if a.student == student)

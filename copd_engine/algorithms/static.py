@@ -58,7 +58,8 @@ class StaticSteps(Steps):
             return StepPlan(step, 1, "rl", rl_assignments(self.config, self.experts))
         before = step - self.rl_steps - 1
         copies = ((STUDENT, self.start),) if before == 0 and self.start != BASE else ()
-        return StepPlan(step, 1, "opd", self._distillation(before), copies)
+        finished = tuple(self.experts) if before == 0 else ()
+        return StepPlan(step, 1, "opd", self._distillation(before), copies, finished)
 
     def _distillation(self, turn: int) -> tuple[Assignment, ...]:
         count = num_prompts(self.config, self.section.native_share)
