@@ -41,7 +41,7 @@ class HeldOut:
 
     def probes(self) -> list[RolloutRequest]:
         """``diagnostics.num_prompts`` prompts of each branch, with seeds of their own."""
-        prompts: list[EncodedPrompt] = []
+        chosen: list[tuple[int, EncodedPrompt]] = []
         for name, rows in self.prompts.items():
             begin, end = self._num_prompts, self._num_prompts + self._num_probes
             if len(rows) < end:
@@ -49,8 +49,9 @@ class HeldOut:
                 logger.info(
                     "branch %r: %d held-out prompts, so its probe prompts are the first of them", name, len(rows)
                 )
-            prompts += rows[begin:end]
-        return [RolloutRequest(p, derive_seed(self._seed, "probe", i), i) for i, p in enumerate(prompts)]
+            # Not by the running number: the order of branches in the config must not change what is drawn.
+            chosen += [(derive_seed(self._seed, "probe", name, i), p) for i, p in enumerate(rows[begin:end])]
+        return [RolloutRequest(prompt, seed, group) for group, (seed, prompt) in enumerate(chosen)]
 
     def evaluate(
         self, engine: RolloutEngine, expert: str, num_prompts: int

@@ -457,17 +457,20 @@ def base_folder(tmp_path_factory):
     return folder
 
 
-def trainer(base_folder, tmp_path, names: Sequence[str], signal: str = "sampled", **schedule: Any) -> Trainer:
+def trainer(
+    base_folder, tmp_path, names: Sequence[str], signal: str = "sampled", prompts: int = 2, updates: int = 1, **schedule
+) -> Trainer:
     data = {"source": "testbed", "size": 20, "eval_size": 2, "verifier": "tests.test_branch:odd_length"}
     config = build_config(
         {
             "model": {"path": str(base_folder)},
             "branches": [{"name": name, "data": data | {"domain": name}} for name in names],
             "schedule": {"cycles": 1, "rl_steps": 0, "opd_steps": 1} | schedule,
-            "rollout": {"prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6},
+            "rollout": {"prompts_per_step": prompts, "group_size": 3, "max_new_tokens": 6},
             # A step of size g, so that rounding stays rounding (AdamW's first step is the gradient's sign).
             "optim": {"lr": 1.0, "eps": 1.0},
             "distillation": {"signal": signal},
+            "objective": {"updates_per_step": updates},
             "diagnostics": {"every": 0},
             "num_threads": 1,
         }
@@ -508,9 +511,13 @@ def test_teachers_stand_as_at_the_start_of_the_step_whatever_branch_comes_first(
         assert torch.equal(forward[name], expected), name
 
 
-def test_the_order_of_branches_in_the_config_changes_nothing(base_folder, tmp_path):
-    schedule = {"topology": "hub", "hub": "text"}
-    forward = weights_after_one_step(trainer(base_folder, tmp_path, ("text", "image", "video"), **schedule))
-    backward = weights_after_one_step(trainer(base_folder, tmp_path, ("video", "image", "text"), **schedule))
-    for name, expected in forward.items():
-        torch.testing.assert_close(backward[name], expected, atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize(("prompts", "updates"), [(2, 1), (3, 2)])  # 3: one teacher of the hub has the odd prompt
+def test_the_order_of_branches_in_the_config_changes_nothing(base_folder, tmp_path, prompts, updates):
+    settings = {"prompts": prompts, "updates": updates, "topology": "hub", "hub": "text"}
+    forward = trainer(base_folder, tmp_path, ("text", "image", "video"), **settings)
+    backward = trainer(base_folder, tmp_path, ("video", "image", "text"), **settings)
+    after = weights_after_one_step(backward)
+    for name, expected in weights_after_one_step(forward).items():
+        torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-6)
+    drawn = [{r.prompt.example.uid: r.seed for r in built._probes} for built in (forward, backward)]
+    assert drawn[0] == drawn[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from copd_engine.algorithms.plan import MIXED, Assignment, StepPlan
-from copd_engine.algorithms.shares import copd_prompts, copd_steps, opd_assignments, rl_assignments, split_evenly
+from copd_engine.algorithms.shares import copd_prompts, copd_steps, opd_assignments, rl_assignments, shares_of
 from copd_engine.algorithms.steps import Steps
 from copd_engine.config import RunConfig
 
@@ -92,10 +92,8 @@ class MixedSteps(BaselineSteps):
     def plan(self, step: int) -> StepPlan:
         names = self.config.branch_names
         num_prompts = self.config.rollout.prompts_per_step
-        counts = split_evenly(num_prompts, len(names), step - 1)
+        counts = shares_of(names, num_prompts, step - 1)
         assignments = tuple(
-            Assignment(MIXED, name, count, None, count / num_prompts)
-            for name, count in zip(names, counts, strict=True)
-            if count
+            Assignment(MIXED, name, counts[name], None, counts[name] / num_prompts) for name in names if counts[name]
         )
         return StepPlan(step, self._cycle(step), "rl", assignments)

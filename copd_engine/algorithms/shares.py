@@ -35,6 +35,11 @@ def split_evenly(count: int, parts: int, turn: int = 0) -> list[int]:
     return [base + (index in favoured) for index in range(parts)]
 
 
+def shares_of(names: Sequence[str], count: int, turn: int = 0) -> dict[str, int]:
+    """``count`` split evenly over ``names``, whose order does not matter."""
+    return dict(zip(sorted(names), split_evenly(count, len(names), turn), strict=True))
+
+
 def num_prompts(config: RunConfig, share: float) -> int:
     """``share`` of a step's prompts, at least one unless the share is 0."""
     return max(1, round(config.rollout.prompts_per_step * share)) if share else 0
@@ -51,12 +56,12 @@ def cross(config: RunConfig, student: str, teachers: Sequence[str], turn: int) -
 
     ``turn``: the phase II steps before this one, over which what does not divide evenly rotates.
     """
-    counts = split_evenly(num_prompts(config, config.schedule.cross_ratio), len(teachers), turn)
-    total = sum(counts)
+    total = num_prompts(config, config.schedule.cross_ratio)
+    counts = shares_of(teachers, total, turn)
     return [
-        Assignment(student, teacher, count, teacher, count / total)
-        for teacher, count in zip(teachers, counts, strict=True)
-        if count
+        Assignment(student, teacher, counts[teacher], teacher, counts[teacher] / total)
+        for teacher in teachers
+        if counts[teacher]
     ]
 
 
