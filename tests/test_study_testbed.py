@@ -59,6 +59,7 @@ def required() -> list[dict[str, Any]]:
             of_overlap("Overlap (k = 2) stays above 0.90", "stays_above", branches, level=0.9),
         ]
     claims.append(accuracy("CoPD is above MOPD", "copd3", "mopd3"))
+    claims.append(accuracy("CoPD is above MOPD into the text expert", "copd3", "mopd3_into_text"))
     for edge in ("image → text", "text → image"):
         name = edge.replace(" → ", "_to_")
         claims.append(accuracy(f"CoPD is above static OPD, {edge}", "copd2", f"static_{name}"))
@@ -105,7 +106,7 @@ def test_the_variants_are_what_their_names_say() -> None:
         expected[f"{method}3"] = (method, three, {0.0}, ratio, "full")
         for name, dial in (("", 0.0), ("_conflict_0.5", 0.5), ("_conflict_1", 1.0)):
             expected[f"{method}2{name}"] = (method, two, {dial}, ratio, "full")
-    expected["mopd3"] = ("mopd", three, {0.0}, ratio, "full")
+    expected |= dict.fromkeys(("mopd3", "mopd3_into_text"), ("mopd", three, {0.0}, ratio, "full"))
     for student, teacher in (("text", "image"), ("image", "text")):
         expected[f"static_{teacher}_to_{student}"] = ("static_opd", two, {0.0}, ratio, "full")
         # What is left is the other direction, [student, teacher].
