@@ -226,13 +226,13 @@ def _constant(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def split_groups(samples: Sequence[TrainSample], parts: int) -> list[list[TrainSample]]:
-    """Whole groups dealt in turn over ``parts`` updates, each term's by itself, so that each update sees every term
-    that has a group for it and nothing depends on the order of the terms."""
+    """Whole groups dealt in turn over ``parts`` updates, term by term in the order of their names: each update sees
+    every term that has so many groups, and nothing depends on the order of the branches in the config."""
     terms: dict[str, dict[int, list[TrainSample]]] = {}
     for sample in samples:
         terms.setdefault(sample.term, {}).setdefault(sample.rollout.request.group, []).append(sample)
     split: list[list[TrainSample]] = [[] for _ in range(parts)]
-    for groups in terms.values():
-        for index, group in enumerate(groups.values()):
-            split[index % parts] += group
+    groups = [group for _, of_term in sorted(terms.items()) for group in of_term.values()]
+    for index, group in enumerate(groups):
+        split[index % parts] += group
     return [part for part in split if part]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
-import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from copd_engine import report, run_folder
+from copd_engine.child_process import end_with_parent
 from copd_engine.config import RunConfig
 from copd_engine.resolve import resolve
 from copd_engine.trainer import Trainer
@@ -111,15 +110,7 @@ class _Child:
 
 
 def _train_in_child(config: str, folder: Path, command: str, bar_position: int, error: Connection) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def end_with_parent() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         Trainer(RunConfig.model_validate_json(config), folder, command, bar_position).run()
     except UserError as problem:

@@ -125,7 +125,7 @@ class Trainer:
             else:
                 first = done + 1
             self._started = time.perf_counter()
-            bar = tqdm(
+            with tqdm(
                 desc=self.config.method,
                 initial=first - 1,
                 total=self.schedule.num_steps,
@@ -133,33 +133,36 @@ class Trainer:
                 dynamic_ncols=True,
                 position=self._bar_position,
                 mininterval=1.0,
-            )
-            checkpoint_s = 0.0
-            step = first - 1
-            while step < self.schedule.num_steps:
-                step += 1
-                record = self.step(self.schedule.plan(step))
-                flops = sum(work.flops for work in self.steps.work.values())
-                self.schedule.observe(step, (record["diagnostics"] or {}).get("pairs", ()), flops)
-                bar.total = self.schedule.num_steps  # measurements may have changed it
-                # A checkpoint follows the log line of its step, or a kill between the two would lose the line for good;
-                # its time stands in the next line.
-                record["time_s"]["checkpoint"] = checkpoint_s
-                record["step_s"] += checkpoint_s
-                log.write(record)
-                bar.set_postfix_str(_progress(record), refresh=False)
-                bar.update()
-                if record["evaluate"]:
-                    tqdm.write(_accuracy_line(self.config.method, record))
-                self._stop_if_diverged()
-                if step < self.schedule.num_steps:
-                    self._kept_rows += self.rows.after(step, self.schedule)
-                begin = time.perf_counter()
-                if _due(step, self.config.checkpoint.every) or step == self.schedule.num_steps:
-                    self._save(step)
-                checkpoint_s = time.perf_counter() - begin
-            bar.close()
+            ) as bar:
+                self._run_steps(first, log, bar)
         return self._finish(baseline_rows)
+
+    def _run_steps(self, first: int, log: MetricsLog, bar: tqdm[Any]) -> None:
+        """From step ``first`` to the schedule's end, which measurements may move."""
+        checkpoint_s = 0.0
+        step = first - 1
+        while step < self.schedule.num_steps:
+            step += 1
+            record = self.step(self.schedule.plan(step))
+            flops = sum(work.flops for work in self.steps.work.values())
+            self.schedule.observe(step, (record["diagnostics"] or {}).get("pairs", ()), flops)
+            bar.total = self.schedule.num_steps
+            # A checkpoint follows the log line of its step, or a kill between the two would lose the line for good; its
+            # time stands in the next line.
+            record["time_s"]["checkpoint"] = checkpoint_s
+            record["step_s"] += checkpoint_s
+            log.write(record)
+            bar.set_postfix_str(_progress(record), refresh=False)
+            bar.update()
+            if record["evaluate"]:
+                tqdm.write(_accuracy_line(self.config.method, record))
+            self._stop_if_diverged()
+            if step < self.schedule.num_steps:
+                self._kept_rows += self.rows.after(step, self.schedule)
+            begin = time.perf_counter()
+            if _due(step, self.config.checkpoint.every) or step == self.schedule.num_steps:
+                self._save(step)
+            checkpoint_s = time.perf_counter() - begin
 
     def step(self, plan: StepPlan) -> dict[str, Any]:
         """One optimizer step of every branch; returns its metrics record."""

@@ -329,8 +329,8 @@ def test_updates_split_by_whole_groups(world):
             assert not {s.rollout.request.group for s in left} & {s.rollout.request.group for s in right}
 
 
-def test_every_update_sees_every_term_whatever_their_order(world):
-    """Two groups of each of two terms, the second term's in front or behind: the same two updates."""
+def test_updates_see_every_term_whatever_their_order(world):
+    """One term's groups in front of the other's or behind them: the same two updates."""
     first, *_ = world.samples()
     samples = [
         replace(first, term=term, rollout=replace(first.rollout, request=replace(first.rollout.request, group=group)))

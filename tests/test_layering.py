@@ -26,6 +26,7 @@ LEVELS = {
     "copd_engine.config.load": -0.7,
     "copd_engine.config": 0,
     "copd_engine.gpu_meter": 0,
+    "copd_engine.child_process": 0,
     "copd_engine.metrics": 0.1,
     "copd_engine.media": 0.5,
     "copd_engine.video_file": 0.4,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,11 @@ def test_the_engine_starts_with_the_policies_as_version_0_and_its_name_is_logged
     requests = [RolloutRequest(prompt, 0, 0) for prompt in prompts_of_all_domains(encoder)]
     assert {rollout.weight_version for rollout in engine.generate("a", requests, Sampling(1.0, 3))} == {0}
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed (make test does)")
+def test_looking_whether_sglang_is_there_changes_nothing() -> None:
+    """The stand-ins of a machine without a GPU replace functions of torch; in a process of their own, which samples."""
+    look = "import importlib.util, torch; x = torch.empty; importlib.util.find_spec('sglang'); print(torch.empty is x)"
+    ended = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert ended.stdout == "True\n"

@@ -11,12 +11,13 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from copd_engine.child_process import end_with_parent
 from copd_engine.run_folder import CHECKPOINTS
 from copd_engine.study.config import PILOT, PilotConfig
 from copd_engine.study.plan import Unit
@@ -84,15 +85,7 @@ class Worker:
 
 def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the study's process answers it
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def end_with_parent() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a terminated process leaves behind
     while True:
         try:

@@ -8,20 +8,33 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 
 class _BeforeImport(MetaPathFinder):
-    """Runs a function once before a package is imported, and finds no module itself."""
+    """Runs a function once before a package is imported; that somebody looks whether it is there does nothing."""
 
     def __init__(self, before: dict[str, Callable[[], None]]) -> None:
         self._before = before
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        before = self._before.pop(fullname, None)
-        if before is not None:
-            before()
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in self._before else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            before = self._before.pop(fullname, None)
+            if before is not None:
+                before()
+            execute(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def _define_torchvision_operators() -> None:
