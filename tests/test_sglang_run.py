@@ -30,16 +30,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def trained(material: tuple[Path, Path], folder: Path, engine: str, **model: Any) -> Path:
     config = small_config(*material, folder / "runs", rollout={"max_running": 16}, model=model)
     file = write_config(folder / "config.yaml", config | {"schedule": {"cycles": 1, "rl_steps": 2, "opd_steps": 1}})
-    command = "from copd_engine.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", command, "train", str(file), f"rollout.engine={engine}"],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    copd("train", str(file), f"rollout.engine={engine}")
     return folder / "runs/small"
 
 
@@ -66,6 +57,38 @@ def test_a_run_with_each_engine(material, tmp_path, engine, model):
     assert all(branch["version"] > 0 for branch in rows[-1]["branches"].values())
     result = json.loads((run_dir / "result.json").read_text())
     assert {row["model"] for row in result["rows"]} >= {"base", "branch:text", "merged"}
+
+
+def copd(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from copd_engine.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_testbeds_run_and_greedy_check_prompts_of_both_engines(tmp_path):
+    """configs/demo.yaml, shortened, through sglang; what comes out answers text, images and videos alike with both."""
+    demo = str(Path(__file__).parent.parent / "configs" / "demo.yaml")
+    short = ["baselines=[]", "schedule.cycles=1", "schedule.rl_steps=2", "schedule.opd_steps=1", "eval.every=0"]
+    small = ["eval.num_prompts=2", "eval.final_num_prompts=2", "diagnostics.every=0", "rollout.prompts_per_step=4"]
+    copd("train", demo, *short, *small, "rollout.engine=sglang", "name=run", f"output_dir={tmp_path}")
+    for row in read_metrics(tmp_path / "run")[1:]:
+        assert all((branch["mismatch_max"] or 0) < 1e-4 for branch in row["branches"].values())
+    responses = {}
+    for engine in ("embedded", "sglang"):
+        out = tmp_path / engine
+        check = ["--num-prompts", "8", "--temperature", "0", "--engine", engine, "--out", str(out)]
+        copd("eval", str(tmp_path / "run" / "models" / "merged"), "--config", demo, *check)
+        samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        responses[engine] = {(sample["benchmark"], sample["uid"]): sample["response"] for sample in samples}
+    assert {name for name, _ in responses["sglang"]} == {"text", "image", "video"}
+    assert len(set(responses["sglang"].values())) > 12  # of 24
+    assert responses["sglang"] == responses["embedded"]
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "adapters"])
