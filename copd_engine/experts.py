@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from copd_engine import run_folder
 from copd_engine.algorithms import EQUAL_STEPS, STUDENT, Schedule
 from copd_engine.algorithms.shares import copd_steps
-from copd_engine.config import RunConfig, load_config
+from copd_engine.config import RunConfig
+from copd_engine.finished_run import finished_run
 from copd_engine.models.loading import load_model
 from copd_engine.types import UserError
 
@@ -40,33 +40,19 @@ def finished_experts(folder: Path, config: RunConfig, names: Sequence[str]) -> F
     where = f"{config.method}.experts = {folder}"
     if config.model.lora is not None:
         raise UserError(f"{where}: under model.lora a finished run has no adapters to go on with; leave it out")
-    if not (folder / run_folder.CONFIG).is_file():
-        raise UserError(f"{where}: not a run folder (no {run_folder.CONFIG})")
-    found = load_config(folder / run_folder.CONFIG)
-    if found.method != "expert":
-        baseline = folder / "baselines" / "expert"
-        hint = f"; its experts are in {baseline}" if baseline.is_dir() else ""
-        raise UserError(f"{where}: holds a run of method {found.method!r}, not 'expert'{hint}")
-    difference = run_folder.difference(_what_makes_experts(found), _what_makes_experts(config))
-    if difference:
-        raise UserError(f"{where}: its experts are not those of this config ({difference})")
-    if not (folder / run_folder.RESULT).is_file():
-        raise UserError(f"{where}: the run is not finished (no {run_folder.RESULT})")
-    rows = {row["model"]: row for row in json.loads((folder / run_folder.RESULT).read_text())["rows"]}
+    run = finished_run(where, folder, "expert", config, _what_makes_experts, "its experts are not those of this config")
     folders, of_expert = {}, {}
     for name in names:
-        label = next(label for label in (f"expert:{name}{EQUAL_STEPS}", f"expert:{name}") if label in rows)
+        label = next(label for label in (f"expert:{name}{EQUAL_STEPS}", f"expert:{name}") if label in run.rows)
         folders[name] = folder / "models" / run_folder.file_name(label)
         if not folders[name].is_dir():
             raise UserError(f"{where}: {folders[name]} is missing")
-        if "train_flops" not in rows[label]:
-            raise UserError(f"{where}: {run_folder.RESULT} does not say what training took; it is of an older version")
-        if rows[label]["steps"] != (steps := copd_steps(config)):
+        row = of_expert[name] = run.trained_row(label)
+        if row["steps"] != (steps := copd_steps(config)):
             raise UserError(
-                f"{where}: its {name!r} took {rows[label]['steps']} steps, CoPD's branches take {steps}: under that "
+                f"{where}: its {name!r} took {row['steps']} steps, CoPD's branches take {steps}: under that "
                 "run's schedule.native_share or cross_ratio the rollouts were spent before; train it with these"
             )
-        of_expert[name] = rows[label]
     return FinishedExperts(folders, of_expert)
 
 

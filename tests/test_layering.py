@@ -72,6 +72,7 @@ LEVELS = {
     "copd_engine.samples": 3.4,
     "copd_engine.flops": 1.5,
     "copd_engine.rollout_stats": 3.4,
+    "copd_engine.finished_run": 3.5,
     "copd_engine.experts": 3.6,
     "copd_engine.flops_goal": 3.6,
     "copd_engine.step": 3.5,

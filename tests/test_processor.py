@@ -111,6 +111,22 @@ def test_images_equal_transformers(
     assert prompt.next_position == ids.shape[1] + int(delta)
 
 
+def test_text_equals_the_whole_processor(encoder: VisionPromptEncoder, module: PreTrainedModel) -> None:
+    """Text takes the tokenizer alone; the processor and the model's positions say the same of it."""
+    prompt = encoder.encode(example("8+6+5= and é, twice\n", []))
+    plain = encoder.processor(text=[turn("8+6+5= and é, twice\n") + ANSWER], return_tensors="pt")
+    assert torch.equal(prompt.input_ids_T, plain["input_ids"][0])
+    assert prompt.input_ids_T.dtype == plain["input_ids"].dtype
+    positions, delta = module.model.get_rope_index(
+        plain["input_ids"], mm_token_type_ids=token_types(module, plain["input_ids"])
+    )
+    assert torch.equal(prompt.position_ids_3T, positions[:, 0])
+    assert prompt.position_ids_3T.dtype == positions.dtype
+    assert prompt.next_position == prompt.num_tokens + int(delta)
+    assert prompt.pixel_values is None
+    assert prompt.pixel_values_videos is None
+
+
 def test_positions_of_a_mixed_prompt_equal_the_models(encoder: VisionPromptEncoder, module: PreTrainedModel) -> None:
     row = example("a <video> b <image> c <video>", [image(16, 24)], [video(4, 8, 24), video(6, 16, 8)], fps=0.8)
     prompt = encoder.encode(row)

@@ -109,3 +109,20 @@ def test_the_pilot_distils_as_the_study_does(
     pilot = PILOT.model_copy(update={"fractions": (1.0,), "opd_steps": 1})
     run_pilot(build_config(changed), pilot, folder, tmp_path)
     assert "exact_reverse_kl" in seen[0]
+
+
+def test_overlap_is_that_of_all_prompts_of_the_test(
+    experts: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not that of the few that a run probes: between students it differs by little."""
+    config, folder = experts
+    probed: list[object] = []
+    compare = pilot_module.compare_branches
+    monkeypatch.setattr(
+        pilot_module,
+        "compare_branches",
+        lambda *args: probed.append([r.prompt.example.uid for r in args[2]]) or compare(*args),
+    )
+    run_pilot(config, PILOT.model_copy(update={"fractions": (1.0,), "opd_steps": 1}), folder, tmp_path)
+    assert config.diagnostics.num_prompts < config.eval.final_num_prompts
+    assert [len(set(uids)) for uids in probed] == [config.eval.final_num_prompts]  # type: ignore[call-overload]

