@@ -116,9 +116,8 @@ class BatchLoss:
     @torch.no_grad()
     def old_policy(self, samples: Sequence[TrainSample], batch: PackedBatch, hidden_ND: torch.Tensor) -> OldPolicy:
         """The policy as it is now."""
-        logp_N = self.logp(hidden_ND, batch.target_N)
         if self.distillation.signal != "sampled_cv" or samples[0].teacher is None:
-            return OldPolicy(logp_N)
+            return OldPolicy(self.logp(hidden_ND, batch.target_N))
         head = samples[0].teacher.head
         measured = linear_divergence(
             hidden_ND,
@@ -131,9 +130,10 @@ class BatchLoss:
             temperature=self.temperature,
             top_k=1,
         )
+        assert measured.student_logp_T is not None
         assert measured.delta_T is not None
         # The kernel's delta is student less teacher.
-        return OldPolicy(logp_N, -measured.delta_T.cpu(), measured.kl_student_teacher_T.cpu())
+        return OldPolicy(measured.student_logp_T.cpu(), -measured.delta_T.cpu(), measured.kl_student_teacher_T.cpu())
 
     def __call__(self, micro: MicroBatch) -> MicroBatchLoss:
         """The weighted sum over the tokens, and what it consists of."""

@@ -27,6 +27,7 @@ PAIR_METRICS = {
     "kl_student_teacher": "kl_student_teacher_T",
     "kl_teacher_student": "kl_teacher_student_T",
     "symmetric_kl": "symmetric_kl_T",
+    "student_entropy": "student_entropy_T",
 }
 
 
@@ -40,7 +41,7 @@ def compare_branches(
     base: Policy | None = None,
 ) -> list[dict[str, Any]]:
     """One row per ordered pair of branches, and with ``base`` one per branch with that as its teacher: names and the
-    token means of :data:`PAIR_METRICS` (KL in nats). A student of which the engine lost all has no rows."""
+    token means of :data:`PAIR_METRICS` (KL and entropy in nats). A student of which the engine lost all has no rows."""
     rows: list[dict[str, Any]] = []
     policies = {name: branch.policy for name, branch in branches.items()} | ({BASE: base} if base is not None else {})
     if len(policies) < 2 or not probes:

@@ -32,7 +32,7 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
                       "flops": n}}},              # of this step, see flops.py
          "diagnostics": null | {"pairs": [           # ordered pairs, measured after the step's update
              {"student": "text", "teacher": "image", "overlap": x, "sum_min": x, "kl_student_teacher": x,
-              "kl_teacher_student": x, "symmetric_kl": x, "task_cosine": x, "update_cosine": x}],
+              "kl_teacher_student": x, "symmetric_kl": x, "student_entropy": x, "task_cosine": x, "update_cosine": x}],
              "base": [...]},                         # the same of each model against the base, without the cosines
          "evaluate": null | {"text": {"text": x, "image": x, "average": x}},          # branch -> domain -> accuracy
          "system": {"rss_bytes": n,
@@ -55,7 +55,8 @@ A run folder is written by the trainer and read by ``report/``; this is the cont
     "accuracy": {domain: x, "average": x}, "stderr": {...}, "num_prompts": n per domain, "rollouts": n, "steps": n,
     "train_flops": n, "train_tokens": {"prefilled": n, "generated": n, "scored": n, "trained": n}}],
     "command": s, "machine": s, "date": "2026-11-23", "versions": {package: version}, "train_s": x, "peak_rss_bytes": n,
-    "seed": n, "method": s, "num_steps": n}``. Steps, rollouts and FLOPs are those of all models that a row is made of.
+    "seed": n, "method": s, "num_steps": n, "flops_goal": null | n (``flops_of``)}``. Steps (of the schedule), rollouts
+    and FLOPs are those of all models that a row is made of.
 ``scores/<model>.json``
     ``{domain: [score of each held-out prompt]}`` of every model of the result, for paired comparisons.
 ``baselines/<method>/``
@@ -224,14 +225,9 @@ def system_stats(meter: GpuMeter | None = None, num_tokens: int = 0) -> dict[str
 
 
 def step_tokens(branches: Mapping[str, Mapping[str, Any]]) -> int:
-    """Tokens of a step, from the ``branches`` of its record: those packed for the updates and those sampled."""
-    sampled = sum(
-        round(rows["num_rollouts"] * rows["response_tokens_mean"])
-        for branch in branches.values()
-        for rows in branch["rollout"].values()
-        if rows["num_rollouts"]
-    )
-    return sampled + sum(branch["num_packed_tokens"] for branch in branches.values())
+    """Tokens of a step, from the ``branches`` of its record: those packed for the updates and all that were sampled,
+    trained on or not."""
+    return sum(branch["num_packed_tokens"] + branch["work"]["generated_tokens"] for branch in branches.values())
 
 
 def peak_rss_bytes() -> int:

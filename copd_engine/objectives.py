@@ -1,7 +1,7 @@
 """From rewards and teacher scores to per-token advantages and loss weights.
 
 Each loss term has its own normalisation, as in (SURROGATE). Nothing is whitened or averaged across terms (arXiv
-2604.27083; ``copd.md`` sections 3 and 7). ``docs/objectives.md`` has every equation and its source.
+2604.27083). ``docs/objectives.md`` has every equation and its source.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 from copd_engine.algorithms import Schedule
+from copd_engine.algorithms.shares import opd_assignments
 from copd_engine.config import LoraConfig, ModelConfig, RunConfig
 from copd_engine.models.cache import pages_of
 from copd_engine.models.decode_layout import GPU_CALL_BYTES, PAGE
@@ -50,7 +51,8 @@ class ModePlan:
     ``resident``: from the first update to the end; ``offloaded_bytes`` of ``optim.offload`` are in host memory instead.
     Each of ``training``, ``rollout`` and ``end`` stands beside it in
     its phase. ``room`` with the engine asleep while the trainer works, as the code has it; ``room_without_sleep`` if it
-    were not. ``host_bytes_asleep``: of the engine's weights, in host memory meanwhile.
+    were not. ``host_bytes_asleep``: of the engine's weights, in host memory meanwhile. ``teacher_state_bytes``: of
+    teachers' hidden states, in host memory through a step of distillation, if all responses were as long as they may.
     """
 
     mode: str
@@ -69,6 +71,7 @@ class ModePlan:
     room: Room
     room_without_sleep: Room
     host_bytes_asleep: int
+    teacher_state_bytes: int
     offloaded_bytes: int
     moves: Moves
 
@@ -197,6 +200,7 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
         room=room,
         room_without_sleep=_room(min(beside, cache_limit), kv_bytes, longest, rollout.max_running),
         host_bytes_asleep=host,
+        teacher_state_bytes=_teacher_state_bytes(config, sizes, itemsize),
         offloaded_bytes=base_on_host + num_experts * state_bytes(sizes) * config.optim.offload,
         moves=step_moves(config, sizes, num_experts, engine, host),
     )
@@ -249,6 +253,18 @@ def _teacher_heads(config: RunConfig, sizes: ModelSizes, itemsize: int) -> tuple
         return ()
     num_bytes = len(teachers) * sizes.lm_head_parameters * itemsize
     return (Item("teachers' heads", num_bytes, True, f"{len(teachers)} x as of a step's start, in phase II"),)
+
+
+def _teacher_state_bytes(config: RunConfig, sizes: ModelSizes, itemsize: int) -> int:
+    """Of all students' cross batches: a signal over the vocabulary holds their states until the updates."""
+    if config.distillation.signal == "sampled":
+        return 0
+    schedule = Schedule(config)
+    is_copd = config.method == "copd"
+    in_opd = opd_assignments(config, 0) if is_copd else schedule.plan(schedule.num_steps).assignments
+    num_prompts = sum(assignment.num_prompts for assignment in in_opd if assignment.teacher)
+    num_tokens = num_prompts * config.rollout.group_size * config.rollout.max_new_tokens
+    return num_tokens * sizes.hidden_size * itemsize
 
 
 def _engine_copies(

@@ -76,7 +76,7 @@ def plan_text(config: RunConfig, gpus: int | None, memory_gb: float | None) -> s
     lines = [
         *_head(config, plans["full"], num_gpus),
         "",
-        *_memory(plans),
+        *_memory(config, plans),
         "",
         *_engine(config, plans),
         "",
@@ -101,7 +101,7 @@ def _head(config: RunConfig, plan: ModePlan, num_gpus: int) -> list[str]:
     ]
 
 
-def _memory(plans: dict[str, ModePlan]) -> list[str]:
+def _memory(config: RunConfig, plans: dict[str, ModePlan]) -> list[str]:
     full, lora = plans.values()
     rows: list[Sequence[str]] = [("GB", *(NAMES[mode] for mode in plans), "")]
     numbers = [f"{plan.sizes.trained_parameters:,}" for plan in plans.values()]
@@ -120,6 +120,10 @@ def _memory(plans: dict[str, ModePlan]) -> list[str]:
         rows.append(
             ("in host memory instead", *(_gb(plan.offloaded_bytes) for plan in plans.values()), "optim.offload")
         )
+    if any(plan.teacher_state_bytes for plan in plans.values()):
+        note = f"at most, of all students at once; distillation.signal={config.distillation.signal}"
+        states = (f"~{_gb(plan.teacher_state_bytes)}" for plan in plans.values())
+        rows.append(("teachers' states, in host memory", *states, note))
     for name in ("kept", "checkpointed"):
         title = f"activations if {name}"
         rows.append((title, *(f"~{_gb(plan.activations[name])}" for plan in plans.values()), ""))

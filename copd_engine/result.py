@@ -25,8 +25,8 @@ def result_row(
 ) -> dict[str, Any]:
     """One row of ``result.json``; ``num_prompts`` is that of a domain.
 
-    What it took to train the model, all models together that it is made of: ``rollouts``, ``steps`` of an optimizer,
-    ``work`` (``train_flops`` and tokens).
+    What it took to train the model, all models together that it is made of: ``rollouts``, ``steps`` of the schedule
+    (of ``objective.updates_per_step`` optimizer updates each), ``work`` (``train_flops`` and tokens).
     """
     work = work or Work()
     overall = average(accuracies)

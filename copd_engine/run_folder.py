@@ -115,8 +115,22 @@ def save_scores(run_dir: Path, model: str, samples: Iterable[tuple[str, Rollout,
     scores: dict[str, list[float]] = {}
     for domain, _, score in samples:
         scores.setdefault(domain, []).append(score)
-    (run_dir / SCORES).mkdir(exist_ok=True)
-    write_json(run_dir / SCORES / f"{file_name(model)}.json", scores)
+    _write_scores(run_dir, model, scores)
+
+
+def copy_scores(run_dir: Path, model: str, source: Path) -> None:
+    """As :func:`save_scores`, of a model that another run has evaluated."""
+    _write_scores(run_dir, model, json.loads(source.read_text()))
+
+
+def scores_file(run_dir: Path, model: str) -> Path:
+    return run_dir / SCORES / f"{file_name(model)}.json"
+
+
+def _write_scores(run_dir: Path, model: str, scores: dict[str, list[float]]) -> None:
+    file = scores_file(run_dir, model)
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, scores)
 
 
 def drop_later_samples(run_dir: Path, step: int, branches: Collection[str]) -> None:

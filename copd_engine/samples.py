@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from copd_engine.algorithms import Assignment
@@ -14,6 +14,22 @@ from copd_engine.objectives import TrainSample, groups_with_variance, grpo_advan
 from copd_engine.types import Rollout
 
 
+@dataclass(frozen=True)
+class Pool:
+    """What a loss term of one student is normalised over: its weight, its responses that count, and their tokens."""
+
+    weight: float
+    num_responses: int
+    num_tokens: int
+
+    def __add__(self, other: Pool) -> Pool:
+        return Pool(
+            self.weight + other.weight,
+            self.num_responses + other.num_responses,
+            self.num_tokens + other.num_tokens,
+        )
+
+
 class SampleBuilder:
     """Makes the samples of each assignment, and what there is to say about its rollouts."""
 
@@ -21,14 +37,33 @@ class SampleBuilder:
         self.config = config
         self.branches = branches
 
-    def samples(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> tuple[list[TrainSample], dict[str, Any]]:
-        """What the student is trained on, and the numbers of ``branches.<name>.rollout.<source>`` in the metrics."""
+    def pools(self, drawn: Mapping[Assignment, Sequence[Rollout]]) -> dict[str, Pool]:
+        """By loss term, of all that one student has ``drawn`` in the step: mixed RLVR's one term has an assignment for
+        each source of prompts.
+
+        All that counts stands in the denominators, also what is not trained on; of what was cut, the tokens that are
+        left.
+        """
+        pools: dict[str, Pool] = {}
+        for assignment, rollouts in drawn.items():
+            left = {id(rollout.request): rollout.num_tokens for rollout in self._limited(rollouts).rollouts}
+            counted = self._counted(assignment, rollouts)
+            num_tokens = sum(left.get(id(rollout.request), rollout.num_tokens) for rollout in counted)
+            pool = Pool(assignment.weight, len(counted), num_tokens)
+            pools[assignment.term] = pools[assignment.term] + pool if assignment.term in pools else pool
+        return pools
+
+    def samples(
+        self, assignment: Assignment, rollouts: Sequence[Rollout], pool: Pool
+    ) -> tuple[list[TrainSample], dict[str, Any]]:
+        """What the student is trained on, and the numbers of ``branches.<name>.rollout.<source>`` in the metrics.
+        ``pool``: that of the assignment's term."""
         if assignment.teacher is None:
-            return self._native_samples(assignment, rollouts)
-        return self._cross_samples(assignment, rollouts)
+            return self._native_samples(assignment, rollouts, pool)
+        return self._cross_samples(assignment, rollouts, pool)
 
     def _native_samples(
-        self, assignment: Assignment, rollouts: Sequence[Rollout]
+        self, assignment: Assignment, rollouts: Sequence[Rollout], pool: Pool
     ) -> tuple[list[TrainSample], dict[str, Any]]:
         """GRPO samples. Responses without advantage add nothing to the gradient unless a KL to the reference does; they
         count but are not forwarded.
@@ -44,21 +79,16 @@ class SampleBuilder:
         advantages, flat_groups, num_groups = grpo_advantages(rollouts, objective.std_mode, objective.std_epsilon)
         advantage_of = {id(rollout.request): advantage for rollout, advantage in zip(rollouts, advantages, strict=True)}
         limited = self._limited(rollouts)
-        counted = list(rollouts)
-        if objective.zero_variance == "drop":
-            kept = groups_with_variance(rollouts)
-            counted = [rollout for rollout in rollouts if rollout.request.group in kept]
         forwarded = {
             id(rollout.request)
-            for rollout in counted
+            for rollout in self._counted(assignment, rollouts)
             if advantage_of[id(rollout.request)] != 0.0 or objective.kl.weight > 0
         }
-        weight_of = self._token_weights(assignment, counted, limited.rollouts)
         samples = [
             TrainSample(
                 rollout=rollout,
                 term=assignment.term,
-                token_weight=weight_of(rollout),
+                token_weight=self._token_weight(pool, rollout),
                 advantage=advantage_of[id(rollout.request)],
             )
             for rollout in limited.rollouts
@@ -68,15 +98,14 @@ class SampleBuilder:
         return samples, stats | {"zero_variance_groups": flat_groups, "num_groups": num_groups}
 
     def _cross_samples(
-        self, assignment: Assignment, rollouts: Sequence[Rollout]
+        self, assignment: Assignment, rollouts: Sequence[Rollout], pool: Pool
     ) -> tuple[list[TrainSample], dict[str, Any]]:
         """Distillation samples: the student's own responses, scored by the teacher as it stands now."""
         assert assignment.teacher is not None
         teacher = self.branches[assignment.teacher]
         beta = self.branches[assignment.student].beta * assignment.beta_scale
         limited = self._limited(rollouts)
-        weight_of = self._token_weights(assignment, rollouts, limited.rollouts)
-        samples = [TrainSample(r, assignment.term, weight_of(r), beta=beta) for r in limited.rollouts]
+        samples = [TrainSample(r, assignment.term, self._token_weight(pool, r), beta=beta) for r in limited.rollouts]
         if self.config.distillation.signal == "sampled":
             scores = teacher.score(limited.rollouts)
             samples = [replace(s, teacher_logp_N=logp_N) for s, logp_N in zip(samples, scores, strict=True)]
@@ -85,16 +114,22 @@ class SampleBuilder:
             samples = [replace(s, teacher=of_sample) for s, of_sample in zip(samples, states, strict=True)]
         return samples, self._stats(assignment, rollouts, limited) | {"beta": beta}
 
-    def _token_weights(
-        self, assignment: Assignment, counted: Sequence[Rollout], limited: Sequence[Rollout]
-    ) -> Callable[[Rollout], float]:
-        """Loss weight of a rollout's tokens by ``objective.loss_aggregation``. All of ``counted`` stand in the
-        denominators, also those that are not trained on; of what was cut, the tokens that are left."""
-        left = {id(rollout.request): rollout.num_tokens for rollout in limited}
-        total_tokens = sum(left.get(id(rollout.request), rollout.num_tokens) for rollout in counted)
-        aggregation, max_tokens = self.config.objective.loss_aggregation, self.config.rollout.max_new_tokens
-        return lambda rollout: token_weight(
-            assignment.weight, len(counted), rollout.num_tokens, aggregation, total_tokens, max_tokens
+    def _counted(self, assignment: Assignment, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        """Those that stand in the denominators."""
+        if assignment.teacher is not None or self.config.objective.zero_variance == "keep":
+            return rollouts
+        kept = groups_with_variance(rollouts)
+        return [rollout for rollout in rollouts if rollout.request.group in kept]
+
+    def _token_weight(self, pool: Pool, rollout: Rollout) -> float:
+        """Loss weight of each of a rollout's tokens by ``objective.loss_aggregation``."""
+        return token_weight(
+            pool.weight,
+            pool.num_responses,
+            rollout.num_tokens,
+            self.config.objective.loss_aggregation,
+            pool.num_tokens,
+            self.config.rollout.max_new_tokens,
         )
 
     def _limited(self, rollouts: Sequence[Rollout]) -> LimitedRollouts:

@@ -63,7 +63,8 @@ class StepRunner:
             branch.name: Reward(branch.reward, config.rollout.max_new_tokens, f"branches.{number}.reward")
             for number, branch in enumerate(config.branches)
         }
-        self._meter = WorkMeter(next(iter(branches.values())).policy.sizes, _vocab_size(branches))
+        sizes = next(iter(branches.values())).policy.sizes
+        self._meter = WorkMeter(sizes, _vocab_size(branches), config.model.freeze_vision)
         # Of the last step: groups drawn beyond the plan's, by dynamic sampling.
         self.num_resampled: dict[Assignment, int] = {}
         # By student, over the whole run.
@@ -85,10 +86,11 @@ class StepRunner:
         for student in plan.students:
             per_branch[student] = {"rollout": {}}
             samples[student] = []
+            pools = self._samples.pools({assignment: drawn[assignment][0] for assignment in plan.of(student)})
             for assignment in plan.of(student):
                 rollouts, scores = drawn[assignment]
                 with timer("teacher") if assignment.teacher else nullcontext():
-                    kept, stats = self._samples.samples(assignment, rollouts)
+                    kept, stats = self._samples.samples(assignment, rollouts, pools[assignment.term])
                 stats["prompts_skipped"] = self.streams[student, assignment.source].num_skipped
                 stats["reward_terms"] = _term_means(scores)
                 if assignment.teacher is None:

@@ -37,6 +37,8 @@ from copd_engine.types import UserError
 from copd_engine.verifiers import shared_pool
 
 MAX_SKIPPED_IN_A_ROW = 10
+#: copd_kernels/gpu/topk.py: MAX_TOP_K, which a machine without Triton cannot import.
+GPU_MAX_TOP_K = 32
 
 
 class Trainer:
@@ -53,10 +55,7 @@ class Trainer:
         examples = load_train_examples(config)
         self.base, self.encoder = load_model(config.model, config.media, config.device)
         vocab_size = len(self.base.lm_head_weight)
-        if config.diagnostics.top_k > vocab_size:
-            raise UserError(
-                f"diagnostics.top_k = {config.diagnostics.top_k}: the model's vocabulary has {vocab_size} tokens"
-            )
+        check_top_k(config.diagnostics.top_k, vocab_size, config.device)
         self._experts = experts_of(config, self.schedule)
         betas = betas_of(config)
         self.branches = {
@@ -292,14 +291,16 @@ class Trainer:
         return step
 
     def _take_experts(self) -> None:
-        """Experts of another run, with what their training took."""
+        """Experts of another run, with what their training took and how they scored."""
         if self._experts is None:
             return
         for name, row in self._experts.rows.items():
             self.branches[name].start_from(self._experts.parameters(name, self.config))
             self.steps.rollouts_drawn[name], self.steps.steps_taken[name] = row["rollouts"], row["steps"]
             self.steps.work[name] = work_of(row)
-            self._kept_rows.append({**row, "model": f"expert:{name}{EQUAL_STEPS}"})
+            label = f"expert:{name}{EQUAL_STEPS}"
+            self._kept_rows.append({**row, "model": label})
+            run_folder.copy_scores(self.run_dir, label, self._experts.scores[name])
         if self._angles:
             self._angles = UpdateAngles(self.branches)
         self.steps.sync()
@@ -330,12 +331,21 @@ class Trainer:
             "seed": self.config.seed,
             "method": self.config.method,
             "num_steps": last,
+            "flops_goal": self.schedule.flops_goal,
         }
         run_folder.write_json(self.run_dir / run_folder.RESULT, result)
         return result
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.perf_counter() - self._started
+
+
+def check_top_k(top_k: int, vocab_size: int, device: str) -> None:
+    """UserError where the kernels cannot compare so many tokens."""
+    if top_k > vocab_size:
+        raise UserError(f"diagnostics.top_k = {top_k}: the model's vocabulary has {vocab_size} tokens")
+    if torch.device(device).type == "cuda" and top_k > GPU_MAX_TOP_K:
+        raise UserError(f"diagnostics.top_k = {top_k}: must be at most {GPU_MAX_TOP_K} on a GPU")
 
 
 def _due(step: int, every: int) -> bool:

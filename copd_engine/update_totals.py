@@ -10,7 +10,8 @@ import torch
 
 from copd_engine.types import PackedBatch
 
-#: Means over a branch's tokens, by name in the metrics.
+#: Means over a branch's tokens, by name in the metrics: of what is forwarded, which of GRPO are the responses with an
+#: advantage.
 MEANS = {
     "entropy": "entropy",
     "clip_fraction": "clipped",

@@ -54,6 +54,11 @@ def test_a_distance_switches_the_other_way() -> None:
     assert run(schedule, [0.01, 0.2, 0.05, 0.01, 0.01])[:5] == ["rl", "rl", "opd", "opd", "rl"]
 
 
+def test_the_bounds_of_what_is_measured_are_no_error() -> None:
+    assert config({**OVERLAP, "threshold": 1, "recover": 1}).schedule.adaptive is not None
+    assert config({"metric": "symmetric_kl", "threshold": 5, "recover": 2}).schedule.adaptive is not None
+
+
 def test_cycles_count_returns_to_phase_1() -> None:
     schedule = Schedule(config(OVERLAP))
     cycles = []
@@ -171,6 +176,8 @@ def test_beta_is_remembered() -> None:
             {"adaptive": {"metric": "symmetric_kl", "threshold": 0.1, "recover": 0.2}},
             "recover = 0.2: must be at most threshold = 0.1",
         ),
+        ({"adaptive": {**OVERLAP, "recover": 1.01}}, "recover = 1.01: overlap is at most 1, phase II would never end"),
+        ({"adaptive": {"metric": "sum_min", "threshold": 80, "recover": 90}}, "recover = 90.0: sum_min is at most 1"),
         ({"adaptive": {"threshold": 0.8}}, "recover"),
         ({"adaptive": OVERLAP, "topology": []}, "no branch has a teacher, so there is no distance"),
         ({"beta_scale": "kl", "beta_range": [1.5, 2]}, "low <= 1 <= high"),

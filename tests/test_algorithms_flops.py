@@ -50,6 +50,55 @@ def test_equal_steps_are_those_of_all_branches_together(
             assert schedule.equal_steps < schedule.num_steps
 
 
+@given(st.integers(2, 4), st.integers(1, 4), st.integers(1, 4), st.sampled_from([0, 0.5]), st.sampled_from([2.0, 5.0]))
+def test_a_step_counts_for_those_who_take_it(
+    num: int, rl_steps: int, opd_steps: int, native: float, cross: float
+) -> None:
+    """One edge alone: without native prompts the others do nothing in phase II."""
+    numbers = {"cycles": 2, "rl_steps": rl_steps, "opd_steps": opd_steps, "native_share": native}
+    numbers |= {"cross_ratio": cross, "topology": [("a", "b")]}
+    copd = Schedule(schedule_config(NAMES[:num], "copd", **numbers))
+    total = sum(len(copd.plan(step).students) for step in range(1, copd.num_steps + 1))
+    assert total == 2 * (num * rl_steps + (num if native else 1) * opd_steps)
+    for method, models in (("expert", num), ("mixed", 1)):
+        schedule = Schedule(schedule_config(NAMES[:num], method, **numbers))
+        expected = -(-total // models)
+        assert schedule.equal_steps == (expected if expected < schedule.num_steps else None)
+    experts = Schedule(schedule_config(NAMES[:num], "expert", **numbers))
+    assert experts.experts_step == (copd.num_steps if copd.num_steps < experts.num_steps else None)
+
+
+ADAPTIVE = {"adaptive": {"metric": "overlap", "threshold": 0.8, "recover": 0.9}}
+
+
+def test_under_adaptive_phases_only_the_experts_of_the_fixed_schedule_are_kept() -> None:
+    """How many steps CoPD will take is not known; static distillation still needs its experts."""
+    numbers = {"cycles": 2, "rl_steps": 3, "opd_steps": 2, **ADAPTIVE}
+    configs = {m: schedule_config(NAMES[:2], m, **numbers) for m in ("expert", "mixed", "mopd")}
+    schedules = {method: Schedule(config) for method, config in configs.items()}
+    assert schedules["expert"].equal_steps is schedules["mixed"].equal_steps is None
+    assert schedules["expert"].experts_step == schedules["mopd"].experts_step == 10
+    at_equal_steps = ("expert:a, equal steps", "expert:b, equal steps")
+    assert result_labels(configs["expert"]) == ("base", "expert:a", "expert:b", "average of experts", *at_equal_steps)
+    assert result_labels(configs["mixed"]) == ("base", "mixed RLVR")
+    assert result_labels(configs["mopd"]) == ("base", *at_equal_steps, "MOPD")
+
+
+def test_a_run_does_not_go_on_to_another_goal() -> None:
+    settings = schedule_config(NAMES[:2], "mixed")
+    begun, other = Schedule(settings, 100), Schedule(settings, 120)
+    begun.observe(1, flops=10)
+    with pytest.raises(UserError, match="its 120 FLOPs are another goal than the 100 that this run was begun with"):
+        other.load_state_dict(begun.state_dict())
+    again = Schedule(settings, 100)
+    again.load_state_dict(begun.state_dict())
+    assert again.num_steps == begun.num_steps
+    old = begun.state_dict()
+    del old["steps"]["flops_goal"]  # as checkpoints were written before
+    other.load_state_dict(old)
+    assert other.flops_goal == 120
+
+
 def run_to_the_end(schedule: Schedule, per_step: int) -> int:
     step = 0
     while step < schedule.num_steps:
@@ -136,6 +185,9 @@ def test_rows_at_equal_flops(folder: Path, tmp_path: Path, method: str, factor: 
     assert added == {f"{label}, equal FLOPs", *experts}
     assert set(rows) == set(result_labels(config))
     assert set(usual) == set(result_labels(config.model_copy(update={"flops_of": None})))
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["flops_goal"] == goal
+    assert json.loads((plain / "result.json").read_text())["flops_goal"] is None
     counted = flops_by_step(run_dir)
     reached = next(step for step, flops in enumerate(counted) if flops >= goal)
     row = rows[f"{label}, equal FLOPs"]
@@ -179,6 +231,16 @@ def test_experts_that_went_on_are_taken_where_they_had_taken_copds_steps(folder:
         student = train(settings_of(folder, "mopd", f"mopd-{name}", mopd={"experts": str(experts)}))
         rows[name] = (rows_of(student), contents(student / "models"))
     assert rows["stops"] == rows["goes-on"]
+
+
+def test_rows_under_adaptive_phases(folder: Path) -> None:
+    schedule = {"cycles": 1, "rl_steps": 2, "opd_steps": 2, **ADAPTIVE}
+    config = settings_of(folder, "expert", "adaptive-experts", schedule=schedule)
+    experts = train(config)
+    assert set(rows_of(experts)) == set(result_labels(config))
+    assert rows_of(experts)["expert:text, equal steps"]["steps"] == 4
+    config = settings_of(folder, "mopd", "adaptive-mopd", schedule=schedule, mopd={"experts": str(experts)})
+    assert set(rows_of(train(config))) == set(result_labels(config))
 
 
 def test_labels_are_those_of_the_result(folder: Path) -> None:

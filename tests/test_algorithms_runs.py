@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,9 @@ def test_taking_the_experts_gives_bitwise_the_single_run(
     label = "static-OPD-image-to-text" if method == "static_opd" else "MOPD"
     assert same(weights(taken / "models" / label), weights(whole / "models" / label))
     assert rows_of(taken) == rows_of(whole)
+    # Paired comparisons read the scores of each of these rows.
+    assert contents(taken / "scores") == contents(whole / "scores")
+    assert len(contents(taken / "scores")) == len(rows_of(taken))
 
 
 def test_taking_the_experts_gives_bitwise_the_single_student_in_bf16(
@@ -266,6 +270,9 @@ def test_a_started_run_cannot_take_its_experts_from_another(
         ({"optim": {"lr": 1e-3}}, r"\(optim.lr was 0.003, is 0.001\)"),
         ({"schedule": {"cycles": 2, "rl_steps": 2, "opd_steps": 1}}, r"\(schedule.steps was 3, is 6\)"),
         ({"rollout": {"group_size": 2}}, r"\(rollout.group_size was 4, is 2\)"),
+        # Their rows would stand beside those of models that were tested on other prompts.
+        ({"eval": {"final_num_prompts": 2}}, r"\(eval.final_num_prompts was 3, is 2\)"),
+        ({"merge": {"method": "search"}}, r"\(merge.method 'search' was False, is True\)"),
         ({"model": {"lora": {"rank": 2}}}, "under model.lora a finished run has no adapters"),
     ],
 )
@@ -309,6 +316,9 @@ def test_folders_that_hold_no_experts(
 
     assert error(tmp_path / "none").endswith("not a run folder (no config.yaml)")
     assert error(static).endswith("holds a run of method 'static_opd', not 'expert'")
+    shutil.copytree(expert, tmp_path / "without")
+    (tmp_path / "without/scores/expert-image-equal-steps.json").unlink()
+    assert error(tmp_path / "without").endswith("without/scores/expert-image-equal-steps.json is missing")
     unfinished = config_of(material, tmp_path / "unfinished", "expert")
     stop_behind(unfinished, 2, monkeypatch)
     assert error(folder_of(unfinished)).endswith("the run is not finished (no result.json)")

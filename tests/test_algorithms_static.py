@@ -147,6 +147,18 @@ def test_steps_of_distillation_may_be_given() -> None:
         Schedule(config("mopd", schedule={"opd_steps": 0}))
 
 
+@pytest.mark.parametrize("method", ["static_opd", "mopd"])
+def test_beta_by_kl_needs_measurements_while_the_student_learns(method: str) -> None:
+    kl = {"schedule": {"beta_scale": "kl"}}
+    message = f"beta_scale 'kl': with diagnostics.every = 0 nothing is measured while {method} distils"
+    for methods in ({"method": method}, {"method": "copd", "baselines": ["expert", method]}):
+        with pytest.raises(UserError, match=message):
+            config(**methods, **kl, diagnostics={"every": 0})
+        config(**methods, diagnostics={"every": 0})
+        config(**methods, **kl, diagnostics={"every": 3})
+    config("copd", **kl, diagnostics={"every": 0})  # measured at the ends of its phases
+
+
 def test_experts_of_another_run_are_not_planned_again(tmp_path: Any) -> None:
     settings = config("mopd", mopd={"experts": str(tmp_path)})
     schedule, whole = Schedule(settings), Schedule(config("mopd"))

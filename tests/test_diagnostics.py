@@ -63,6 +63,7 @@ def naive(student, teacher, rollouts) -> dict[str, float]:
         "kl_student_teacher": float(forward_T.mean()),
         "kl_teacher_student": float(backward_T.mean()),
         "symmetric_kl": float((forward_T + backward_T).mean()),
+        "student_entropy": float(-(p_TV.exp() * p_TV).sum(1).mean()),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from copd_engine.algorithms import Assignment
 from copd_engine.config import build_config
 from copd_engine.dynamic_sampling import RewardedRollouts, chosen, joined, num_missing
+from copd_engine.metrics import step_tokens
 from copd_engine.objectives import groups_with_variance
 from copd_engine.rewards import RewardScore
 from copd_engine.step import Timer
@@ -100,11 +102,24 @@ def test_rounds_replace_grpos_groups_alone(material, tmp_path):
     assert {student: 4 * count for student, count in num_drawn.items()} == dict(many.steps.rollouts_drawn)
 
 
-def test_a_step_trains_on_the_replacements_and_counts_them(material, tmp_path):
+def test_a_step_trains_on_the_replacements_and_counts_them(material, tmp_path, monkeypatch):
     config = small_config(*material, tmp_path, objective={"dynamic_sampling": {"max_rounds": 50}})
     trainer = Trainer(build_config(config), tmp_path / "run")
     plan = trainer.schedule.plan(3)
+    generate, sampled = trainer.engine.generate_mixed, []
+
+    def counted(*args: Any) -> Iterator[Any]:
+        for student, rollouts in generate(*args):
+            sampled.extend(rollout.num_tokens for rollout in rollouts)
+            yield student, rollouts
+
+    monkeypatch.setattr(trainer.engine, "generate_mixed", counted)
     metrics = trainer.steps.run(plan, Timer())
+    packed = sum(branch["num_packed_tokens"] for branch in metrics.values())
+    trained_on = sum(
+        part["num_rollouts"] * part["response_tokens_mean"] for b in metrics.values() for part in b["rollout"].values()
+    )
+    assert step_tokens(metrics) == packed + sum(sampled) > packed + trained_on
     for assignment in plan.assignments:
         stats = metrics[assignment.student]["rollout"][assignment.source]
         if assignment.teacher is None:

@@ -59,6 +59,22 @@ def test_every_token_and_pair_is_counted_once(prompts: list[EncodedPrompt]) -> N
     assert meter.trained(rollouts) == Work(trained_tokens=num_prompt + num_response, flops=3 * flops)
 
 
+def test_a_frozen_vision_tower_has_no_backward(prompts: list[EncodedPrompt]) -> None:
+    rollouts = [rollout(p, group, 3) for group, p in enumerate(prompts)]
+    blind = {key: size for key, size in SIZES.items() if not key.startswith("vision")}
+    frozen, whole, decoder = (
+        WorkMeter(SIZES, VOCAB, freeze_vision=True),
+        WorkMeter(SIZES, VOCAB),
+        WorkMeter(blind, VOCAB),
+    )
+    vision = whole.scored(rollouts).flops - decoder.scored(rollouts).flops
+    assert vision > 0
+    assert frozen.trained(rollouts).flops == 3 * decoder.scored(rollouts).flops + vision
+    assert whole.trained(rollouts).flops == 3 * (decoder.scored(rollouts).flops + vision)
+    assert frozen.sampled(rollouts) == whole.sampled(rollouts)
+    assert frozen.scored(rollouts) == whole.scored(rollouts)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_costs_two_flops_per_parameter_that_multiplies_it(family: str) -> None:
     """Of the decoder's linear layers; of a mixture's experts those that are chosen, the router left out."""

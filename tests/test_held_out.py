@@ -100,17 +100,55 @@ def test_evaluation_in_chunks_draws_what_one_call_draws(model, monkeypatch):
     assert len(evaluate(*arguments, num_prompts=3)[1]) == 3
 
 
-def held_out(model: Any, folder: Path, eval_size: int, **diagnostics: int) -> HeldOut:
+def held_out(
+    model: Any,
+    folder: Path,
+    eval_size: int,
+    method: str = "copd",
+    schedule: dict[str, Any] | None = None,
+    **diagnostics: int,
+) -> HeldOut:
     branches = [{"name": d, "data": {"domain": d, "eval_size": eval_size}} for d in ("text", "image")]
     config = build_config(
         {
+            "method": method,
             "branches": branches,
+            "schedule": schedule or {},
             "rollout": {"max_new_tokens": 2},
             "eval": {"num_prompts": 9, "final_num_prompts": 6},
             "diagnostics": diagnostics,
         }
     )
     return HeldOut(config, model[1], folder)
+
+
+STEERED = {"adaptive": {"threshold": 0.8, "recover": 0.9}}
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule", "steered_by"),
+    [
+        ("copd", {}, None),
+        ("copd", STEERED, "schedule.adaptive"),
+        ("copd", {"beta_scale": "kl"}, "schedule.beta_scale"),
+        ("mopd", {"beta_scale": "kl"}, "schedule.beta_scale"),
+        ("mopd", STEERED, None),  # its phases are fixed
+        ("expert", {**STEERED, "beta_scale": "kl"}, None),
+    ],
+)
+def test_a_run_that_is_steered_by_prompts_of_its_test_is_warned_of(
+    model, tmp_path, caplog, method, schedule, steered_by
+):
+    """Warnings are shown on standard error, what is less is not."""
+    held_out(model, tmp_path, 7, method, schedule, num_prompts=2).probes()
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == (2 if steered_by else 0)
+    for line, name in zip(told, ("text", "image"), strict=False):
+        assert line.startswith(f"branch '{name}': 7 held-out prompts, so its probe prompts are the first of them")
+        assert f"{steered_by} goes by prompts of the test. It would not with 8 (data.eval_size)" in line
+    caplog.clear()
+    held_out(model, tmp_path, 8, method, schedule, num_prompts=2).probes()
+    assert not caplog.records
 
 
 def test_probes_stand_behind_the_prompts_of_the_test(model, tmp_path, caplog):

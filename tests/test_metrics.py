@@ -195,17 +195,16 @@ def test_a_missing_tensorboard_names_the_extra_and_leaves_no_folder(
 
 
 def test_tokens_of_a_step_are_those_packed_and_those_sampled() -> None:
+    """Of the ``rollout`` there are the groups alone that were chosen to be trained on."""
     branches = {
         "text": {
             "num_packed_tokens": 100,
-            "rollout": {
-                "text": {"num_rollouts": 3, "response_tokens_mean": 7 / 3},
-                "image": {"num_rollouts": 0, "response_tokens_mean": math.nan},  # all lost
-            },
+            "work": {"prefilled_tokens": 1000, "generated_tokens": 11},
+            "rollout": {"text": {"num_rollouts": 3, "response_tokens_mean": 7 / 3}},
         },
-        "image": {"num_packed_tokens": 0, "rollout": {"image": {"num_rollouts": 2, "response_tokens_mean": 2.5}}},
+        "image": {"num_packed_tokens": 0, "work": {"generated_tokens": 5}, "rollout": {}},
     }
-    assert step_tokens(branches) == 100 + 7 + 5
+    assert step_tokens(branches) == 100 + 11 + 5
 
 
 def test_memory_is_that_of_this_process() -> None:

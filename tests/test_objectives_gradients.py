@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import copd_engine.batch_loss as batch_loss_module
 from copd_engine.branch import Branch, split_groups
 from copd_engine.config import ObjectiveConfig, OptimConfig
 from copd_engine.objectives import TrainSample
@@ -279,6 +280,16 @@ def test_the_control_variate_adds_the_old_policys_exact_kl_to_the_advantage(worl
         rows = metrics["terms"].values()
         total = sum(row["exact_reverse_kl"] * row["num_tokens"] for row in rows if "exact_reverse_kl" in row)
         assert total == pytest.approx(float(torch.cat(means).sum()), rel=1e-3)
+
+
+def test_the_control_variates_statistics_hold_the_old_log_probs(world, monkeypatch):
+    """No projection of their own; the ratio against them is 1 but for rounding."""
+    samples, projected = world.distilled("sampled_cv"), []
+    monkeypatch.setattr(batch_loss_module, "linear_logprob", lambda *args, **_: projected.append(args))
+    metrics = world.branch(distillation={"signal": "sampled_cv"}).update(samples)
+    assert not projected
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert metrics["terms"]["opd:a"]["exact_reverse_kl"] > 0
 
 
 def test_teacher_states_stay_as_they_were_when_the_teacher_is_updated(world):

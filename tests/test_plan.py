@@ -115,6 +115,28 @@ def test_teachers_heads_are_copied_for_signals_over_the_vocabulary() -> None:
         assert "teachers' heads" not in sizes(without, "training")
 
 
+def test_states_of_teachers_wait_in_host_memory() -> None:
+    """Cross batches of all students at once: prompts x group x longest response x hidden size x bytes."""
+    full: dict[str, Any] = {"distillation": {"signal": "full"}, "model": {"dtype": "bfloat16"}}
+    full["rollout"] = {"prompts_per_step": 5, "group_size": 3}
+    of_a_prompt = 3 * 60 * 64 * 2
+
+    def states(num_branches: int = 3, **changes: Any) -> int:
+        return plan_mode(run_config(num_branches, **full | changes), GPU).teacher_state_bytes
+
+    assert states() == 3 * 5 * of_a_prompt
+    assert states(schedule={"cross_ratio": 2, "topology": [["text", "image"]]}) == 10 * of_a_prompt
+    adaptive = {"adaptive": {"threshold": 0.8, "recover": 0.9}}
+    assert states(2, schedule=adaptive, distillation={"signal": "sampled_cv"}) == 2 * 5 * of_a_prompt
+    assert states(method="mopd") == 5 * of_a_prompt
+    assert states(method="expert") == states(distillation={"signal": "sampled"}) == 0
+    text = plan_text(run_config(3, **full), 1, 80)
+    line = next(line for line in text.splitlines() if line.startswith("teachers' states, in host memory"))
+    assert line.count("~0.000346") == 2
+    assert line.endswith("at most, of all students at once; distillation.signal=full")
+    assert not any("teachers' states" in line for line in plan_text(run_config(3), 1, 80).splitlines())
+
+
 def test_full_parameter_plan_of_the_testbed_by_hand() -> None:
     """bf16, two experts, everything trained."""
     n = TEXT + VISION

@@ -51,7 +51,7 @@ def samples(assignment: Assignment = NATIVE, teacher: Teacher | None = None, **s
     rollouts = [rollout(*values) for values in ROLLOUTS]
     rollouts = [replace(r, finish_reason="length") if r.num_tokens == 12 else r for r in rollouts]
     builder = SampleBuilder(config, {"a": Teacher(), "b": teacher or Teacher()})  # type: ignore[arg-type]
-    return builder.samples(assignment, rollouts)[0]
+    return builder.samples(assignment, rollouts, builder.pools({assignment: rollouts})[assignment.term])[0]
 
 
 def weights(found: Sequence[TrainSample]) -> dict[int, float]:
@@ -87,6 +87,66 @@ def test_weights_of_grpo_rows(aggregation, zero_variance):
 def test_weights_of_distilled_rows_do_not_know_of_variance(aggregation, expected):
     found = samples(CROSS, objective={"loss_aggregation": aggregation, "zero_variance": "drop"})
     assert weights(found) == pytest.approx(expected)
+
+
+#: Mixed RLVR's one term: of 3 prompts of a all groups above, of 1 of b one group of its own, with 20 tokens.
+POOLED = {Assignment("m", "a", 3, weight=0.75): ROLLOUTS, Assignment("m", "b", 1, weight=0.25): [(1, 3, 1), (0, 3, 19)]}
+
+
+def pooled_weights(lost: int | None = None, **objective: Any) -> dict[int, float]:
+    """Of both sources; ``lost``: a response of so many tokens never came back."""
+    config = build_config(
+        {
+            "branches": [{"name": name, "data": {"domain": "text"}} for name in "ab"],
+            "rollout": {"max_new_tokens": 20, "max_prompt_tokens": 3},
+            "objective": objective,
+        }
+    )
+    builder = SampleBuilder(config, {})
+    drawn = {a: [rollout(*values) for values in rows if values[2] != lost] for a, rows in POOLED.items()}
+    pools = builder.pools(drawn)
+    assert list(pools) == ["grpo"]
+    return weights([s for a, rollouts in drawn.items() for s in builder.samples(a, rollouts, pools["grpo"])[0]])
+
+
+#: 9 responses of 60 tokens, 7 of groups with variance of 48.
+TRAINED = (2, 6, 3, 12, 1, 19)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({}, {n: 1 / (9 * n) for n in TRAINED}),
+        ({"zero_variance": "drop"}, {n: 1 / (7 * n) for n in TRAINED}),
+        ({"loss_aggregation": "token_mean"}, dict.fromkeys(TRAINED, 1 / 60)),
+        ({"loss_aggregation": "token_mean", "zero_variance": "drop"}, dict.fromkeys(TRAINED, 1 / 48)),
+        ({"loss_aggregation": "constant"}, dict.fromkeys(TRAINED, 1 / (9 * 20))),
+    ],
+)
+def test_assignments_of_one_term_have_one_denominator(objective, expected):
+    """Each by its own source's would weigh a source's token the more, the shorter its responses are."""
+    assert pooled_weights(**objective) == pytest.approx(expected)
+
+
+def test_a_lost_response_leaves_all_others_of_the_term_equal():
+    assert pooled_weights(lost=4) == pytest.approx({n: 1 / (8 * n) for n in TRAINED})
+
+
+def test_pooled_sources_weigh_as_each_alone_where_nothing_differs():
+    """sequence_mean over equal groups: a source's share of the responses is its share of the prompts."""
+    config = build_config({"branches": [{"name": name, "data": {"domain": "text"}} for name in "ab"]})
+    builder = SampleBuilder(config, {})
+    drawn = {
+        Assignment("m", "a", 2, weight=2 / 3): [
+            rollout(r, g, n) for r, g, n in [(1, 0, 2), (0, 0, 3), (1, 1, 4), (0, 1, 5)]
+        ],
+        Assignment("m", "b", 1, weight=1 / 3): [rollout(1, 2, 6), rollout(0, 2, 7)],
+    }
+    pool = builder.pools(drawn)["grpo"]
+    for assignment, rollouts in drawn.items():
+        alone = builder.pools({assignment: rollouts})["grpo"]
+        one, other = (weights(builder.samples(assignment, rollouts, p)[0]) for p in (pool, alone))
+        assert one == pytest.approx(other, rel=1e-15)
 
 
 def test_cut_responses_count_with_what_is_left_and_masked_ones_with_all():

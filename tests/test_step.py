@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from copd_engine.config import build_config
+from copd_engine.objectives import TrainSample
 from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.step import Timer
 from copd_engine.trainer import Trainer
@@ -102,6 +103,20 @@ def test_groups_in_any_order_are_rewarded_as_one_after_the_other(material, tmp_p
             assert one.request.prompt.example.name == two.request.prompt.example.name
         rewards |= {score.total for score in scores}
     assert len(rewards) > 3
+
+
+def test_mixed_rlvr_is_normalised_over_the_responses_of_all_sources(material, tmp_path, monkeypatch) -> None:
+    """With a KL all responses are forwarded: token_mean makes one mean over the tokens of all three domains."""
+    objective = {"loss_aggregation": "token_mean", "kl": {"weight": 0.1}}
+    config = small_config(*material, tmp_path, method="mixed", objective=objective, rollout={"prompts_per_step": 4})
+    trainer = Trainer(build_config(config), tmp_path / "run")
+    seen: list[TrainSample] = []
+    branch = trainer.branches["mixed"]
+    monkeypatch.setattr(branch, "update", lambda samples: seen.extend(samples) or {})
+    trainer.steps.run(trainer.schedule.plan(1), Timer())
+    assert sorted(a.num_prompts for a in trainer.schedule.plan(1).assignments) == [1, 1, 2]
+    num_tokens = sum(s.rollout.num_tokens for s in seen)
+    assert [s.token_weight for s in seen] == pytest.approx([1 / num_tokens] * 16)
 
 
 def test_verification_goes_on_while_the_engine_samples(material, tmp_path, monkeypatch) -> None:

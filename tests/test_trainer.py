@@ -25,7 +25,7 @@ from copd_engine.models.loading import load_model
 from copd_engine.packing import pack
 from copd_engine.resolve import resolve
 from copd_engine.testbed.tasks import DOMAINS
-from copd_engine.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
+from copd_engine.trainer import GPU_MAX_TOP_K, MAX_SKIPPED_IN_A_ROW, Trainer, check_top_k
 from copd_engine.types import Rollout, UserError
 from tests.plain import plain_inputs
 from tests.small_run import contents, numbers, small_config, train, write_base, write_data
@@ -43,6 +43,20 @@ def run(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copd_engine.report, "write_report", lambda run_dir: run_dir)
         return train(small_config(*material, tmp_path_factory.mktemp("runs"), baselines=["expert", "mixed"]))
+
+
+def test_more_top_tokens_than_can_be_compared_are_an_error_before_anything_is_trained() -> None:
+    check_top_k(384, 384, "cpu")
+    check_top_k(GPU_MAX_TOP_K, 384, "cuda:1")
+    for top_k, vocab_size, device, message in (
+        (385, 384, "cpu", "diagnostics.top_k = 385: the model's vocabulary has 384 tokens"),
+        (33, 384, "cuda", "diagnostics.top_k = 33: must be at most 32 on a GPU"),
+        (33, 16, "cuda", "the model's vocabulary has 16 tokens"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_top_k(top_k, vocab_size, device)
+    topk = pytest.importorskip("copd_kernels.gpu.topk")
+    assert topk.MAX_TOP_K == GPU_MAX_TOP_K
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Algorithms are data: which branch rolls out whose prompts in a step, who teaches, and with which weight.
 
-The trainer executes a :class:`StepPlan` and does not know which method made it. CoPD is Algorithm 1 of arXiv 2604.27083
-(``copd.md`` section 4); the other methods take as many steps as it needs to draw as many rollouts as CoPD draws under
-the same schedule. ``docs/methods.md`` describes them all.
+The trainer executes a :class:`StepPlan` and does not know which method made it. CoPD is Algorithm 1 of arXiv
+2604.27083; the other methods take as many steps as it needs to draw as many rollouts as CoPD draws under the same
+schedule. ``docs/methods.md`` describes them all.
 """
 
 from copd_engine.algorithms.labels import EQUAL_FLOPS, EQUAL_STEPS, final_label, result_labels

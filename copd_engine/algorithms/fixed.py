@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from copd_engine.algorithms.plan import MIXED, Assignment, StepPlan
-from copd_engine.algorithms.shares import copd_prompts, copd_steps, opd_assignments, rl_assignments, shares_of
+from copd_engine.algorithms.shares import (
+    copd_prompts,
+    copd_steps,
+    copd_student_steps,
+    opd_assignments,
+    rl_assignments,
+    shares_of,
+)
 from copd_engine.algorithms.steps import Steps
 from copd_engine.config import RunConfig
+from copd_engine.types import UserError
 
 
 class CopdSteps(Steps):
@@ -29,15 +37,16 @@ class CopdSteps(Steps):
 class BaselineSteps(Steps):
     """GRPO until as many prompts are drawn as CoPD draws, and on until ``flops_goal`` FLOPs are computed.
 
-    ``equal_steps`` is where all its models together have taken as many optimizer steps as CoPD's branches together.
+    ``equal_steps`` is where all its models together have taken as many steps as CoPD's branches together. How many
+    CoPD would take under ``schedule.adaptive`` is not known here: then there is none.
     """
 
     def __init__(self, config: RunConfig, students: tuple[str, ...], flops_goal: int | None) -> None:
         super().__init__(config, students)
         self._equal_rollouts = -(-copd_prompts(config) // (len(students) * config.rollout.prompts_per_step))
-        steps = copd_steps(config) * len(config.branch_names) // len(students)
-        self.equal_steps = steps if steps < self._equal_rollouts else None
-        self._flops_goal = flops_goal
+        if config.schedule.adaptive is None:
+            self.equal_steps = self._if_it_goes_on(-(-copd_student_steps(config) // len(students)))
+        self.flops_goal = flops_goal
         self._done = self._flops = 0
 
     @property
@@ -47,25 +56,41 @@ class BaselineSteps(Steps):
     @property
     def num_steps(self) -> int:  # type: ignore[override]
         """Until the goal is reached: how many it would be if every step computed as much as those before it."""
-        if self._flops_goal is None or not self._flops:
+        if self.flops_goal is None or not self._flops:
             return self._equal_rollouts
         if self.equal_flops is not None:
             return max(self._equal_rollouts, self.equal_flops)
-        left = self._flops_goal - self._flops
+        left = self.flops_goal - self._flops
         return max(self._equal_rollouts, self._done - (-left * self._done // self._flops))
 
+    def _if_it_goes_on(self, step: int) -> int | None:
+        """``step``, unless as many rollouts are drawn by then."""
+        return step if step < self._equal_rollouts else None
+
     def is_measured(self, step: int) -> bool:
-        return step == self._equal_rollouts  # a cycle changes nothing here
+        """A cycle changes nothing here; and of a run that goes on nobody knows beforehand which step is its last."""
+        return step == self._equal_rollouts
 
     def observe(self, step: int, distances: dict[str, float], flops: int) -> None:
         self._done, self._flops = step, flops
-        if self._flops_goal is not None and flops >= self._flops_goal and self.equal_flops is None:
+        if self.flops_goal is not None and flops >= self.flops_goal and self.equal_flops is None:
             self.equal_flops = step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done, "flops": self._flops, "equal_flops": self.equal_flops}
+        return {
+            "done": self._done,
+            "flops": self._flops,
+            "equal_flops": self.equal_flops,
+            "flops_goal": self.flops_goal,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        begun_with = state.get("flops_goal", self.flops_goal)  # older checkpoints have none
+        if begun_with != self.flops_goal:
+            raise UserError(
+                f"flops_of = {self.config.flops_of}: its {self.flops_goal} FLOPs are another goal than the "
+                f"{begun_with} that this run was begun with; choose another name=..."
+            )
         self._done, self._flops, self.equal_flops = state["done"], state["flops"], state["equal_flops"]
 
     def _cycle(self, step: int) -> int:
@@ -73,11 +98,11 @@ class BaselineSteps(Steps):
 
 
 class ExpertSteps(BaselineSteps):
-    """Every branch alone."""
+    """Every branch alone. After as many steps as the fixed schedule has they are kept for static distillation."""
 
     def __init__(self, config: RunConfig, flops_goal: int | None) -> None:
         super().__init__(config, config.branch_names, flops_goal)
-        self.experts_step = self.equal_steps
+        self.experts_step = self._if_it_goes_on(copd_steps(config))
 
     def plan(self, step: int) -> StepPlan:
         return StepPlan(step, self._cycle(step), "rl", rl_assignments(self.config, self.students))

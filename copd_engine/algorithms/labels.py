@@ -7,7 +7,8 @@ from copd_engine.algorithms.schedule import Schedule
 from copd_engine.algorithms.static import final_model
 from copd_engine.config import RunConfig
 
-#: What follows the label of a baseline's model that has taken as many steps as CoPD's, and goes on.
+#: What follows the label of a baseline's model that has taken as many steps as CoPD's, and goes on; of a single expert
+#: always as many as the fixed schedule has.
 EQUAL_STEPS = ", equal steps"
 #: And of one that has computed as much as a CoPD run (``flops_of``).
 EQUAL_FLOPS = ", equal FLOPs"
@@ -29,6 +30,9 @@ def result_labels(config: RunConfig) -> tuple[str, ...]:
         return ("base", *(f"branch:{name}" for name in config.branch_names), *final)
     if config.method in ("static_opd", "mopd"):
         return ("base", *(label + EQUAL_STEPS for label in experts), *final)
-    own = [*experts, *final] if config.method == "expert" else final
-    suffixes = ("", *([EQUAL_STEPS] if schedule.equal_steps else []), *([EQUAL_FLOPS] if config.flops_of else []))
-    return ("base", *(label + suffix for suffix in suffixes for label in own))
+    experts = experts if config.method == "expert" else []
+    at_equal_steps = [*(experts if schedule.experts_step else []), *(final if schedule.equal_steps else [])]
+    labels = ["base", *experts, *final, *(label + EQUAL_STEPS for label in at_equal_steps)]
+    if config.flops_of:
+        labels += [label + EQUAL_FLOPS for label in (*experts, *final)]
+    return tuple(labels)

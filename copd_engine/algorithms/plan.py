@@ -16,6 +16,7 @@ class Assignment:
 
     ``teacher`` None: GRPO with the source's reward. Otherwise the teacher scores the student's tokens (OPD-ADV) with
     the student's beta times ``beta_scale``. ``weight`` scales the term's loss, which is normalised by its own number of
+    responses; assignments of one term (mixed RLVR's) are one loss with the sum of their weights, over all of their
     responses.
     """
 

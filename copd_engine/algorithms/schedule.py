@@ -46,7 +46,7 @@ class Schedule:
     @property
     def equal_steps(self) -> int | None:
         """Where a baseline has taken as many steps as CoPD, all models of either together; it goes on until it has
-        drawn as many rollouts."""
+        drawn as many rollouts. None where it has drawn them by then, and under ``schedule.adaptive``."""
         return self._steps.equal_steps
 
     @property
@@ -60,8 +60,14 @@ class Schedule:
         return self._steps.equal_flops
 
     @property
+    def flops_goal(self) -> int | None:
+        """Training FLOPs until which the run goes on."""
+        return self._steps.flops_goal
+
+    @property
     def experts_step(self) -> int | None:
-        """After this step the single experts have taken as many steps as CoPD, and are evaluated and saved."""
+        """After this step the single experts have taken as many steps as the fixed schedule has, and are evaluated and
+        saved."""
         return self._steps.experts_step
 
     def plan(self, step: int) -> StepPlan:

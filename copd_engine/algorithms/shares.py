@@ -79,7 +79,16 @@ def rl_assignments(config: RunConfig, names: Sequence[str]) -> tuple[Assignment,
 
 
 def copd_steps(config: RunConfig) -> int:
+    """Steps of the fixed schedule."""
     return config.schedule.cycles * (config.schedule.rl_steps + config.schedule.opd_steps)
+
+
+def copd_student_steps(config: RunConfig) -> int:
+    """Steps of CoPD's branches together. With ``native_share`` 0 a branch without a teacher takes none in phase II."""
+    schedule = config.schedule
+    num_rl = len(config.branch_names)
+    num_opd = len({assignment.student for assignment in opd_assignments(config, 0)})
+    return schedule.cycles * (num_rl * schedule.rl_steps + num_opd * schedule.opd_steps)
 
 
 def copd_prompts(config: RunConfig) -> int:

@@ -14,14 +14,15 @@ class Steps(ABC):
 
     ``students``: all models that it trains. ``first_step``..``num_steps``: the steps of a run; where measurements end
     phases or the run, ``num_steps`` is an estimate until the run is over. ``equal_steps``: where a baseline has taken
-    as many steps as CoPD and goes on, or None. ``equal_flops``: where it has computed as much as a CoPD run, or None.
-    ``experts_step``: after it the single experts are kept, or None.
+    as many steps as CoPD and goes on, or None. ``equal_flops``: where it has computed as much as a CoPD run, which took
+    ``flops_goal``, or None. ``experts_step``: after it the single experts are kept, or None.
     """
 
     num_steps: int
     first_step = 1
     equal_steps: int | None = None
     equal_flops: int | None = None
+    flops_goal: int | None = None
     experts_step: int | None = None
 
     def __init__(self, config: RunConfig, students: tuple[str, ...]) -> None:
@@ -39,7 +40,8 @@ class Steps(ABC):
 
     def is_measured(self, step: int) -> bool:
         """Whether the distances between the models are needed after this step, whatever the config's interval says: at
-        the end of each phase and of the run, so that each phase's whole change is seen."""
+        the end of each phase and of the run, so that each phase's whole change is seen. A baseline has no phases: it is
+        measured where it has drawn CoPD's number of rollouts, which is its end unless it goes on (``flops_of``)."""
         if step == self.num_steps:
             return True
         here, following = self.plan(step), self.plan(step + 1)

@@ -1,7 +1,7 @@
 """Run configuration: pydantic models, YAML files, ``key=value`` overrides.
 
 Unknown keys and bad values raise :class:`copd_engine.types.UserError` that names the key, the value and
-the nearest right one. Defaults are the paper's where it reports one (``copd.md`` section 5).
+the nearest right one. Defaults are the paper's where it reports one (arXiv 2604.27083); ``docs/config.md`` shows all.
 """
 
 from copd_engine.config.branch import COLUMNS, BranchConfig, DataConfig, MixtureSource, RewardTerm, SourceConfig

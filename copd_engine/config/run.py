@@ -129,6 +129,12 @@ class RunConfig(Section):
             raise ValueError(f"mopd: branch {mopd.student!r} cannot teach itself")
         if mopd.student == BASE and mopd.native_share:
             raise ValueError("mopd.native_share: the base has no prompts of its own; set mopd.student to a branch")
+        unmeasured = [method for method in ("static_opd", "mopd") if method in used and not self.diagnostics.every]
+        if self.schedule.beta_scale == "kl" and unmeasured:
+            raise ValueError(
+                f"schedule.beta_scale 'kl': with diagnostics.every = 0 nothing is measured while {unmeasured[0]} "
+                "distils, and beta would never be scaled; set diagnostics.every above 0"
+            )
         if self.schedule.adaptive is not None and (len(names) < 2 or self.schedule.topology == []):
             raise ValueError("schedule.adaptive: no branch has a teacher, so there is no distance to decide by")
         return self

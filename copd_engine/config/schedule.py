@@ -32,6 +32,8 @@ class AdaptiveConfig(Section):
         if far:
             side = "at most" if self.metric == "symmetric_kl" else "at least"
             raise ValueError(f"recover = {self.recover}: must be {side} threshold = {self.threshold} for {self.metric}")
+        if self.metric != "symmetric_kl" and self.recover > 1:  # the larger of the two
+            raise ValueError(f"recover = {self.recover}: {self.metric} is at most 1, phase II would never end")
         return self
 
 
@@ -45,6 +47,8 @@ class ScheduleConfig(Section):
 
     ``beta_scale`` kl multiplies the branch's beta, per student and teacher, by KL(student || teacher) at the last
     diagnostics over its running mean, clipped to ``beta_range``: who has drifted further than usual is pulled harder.
+    CoPD is measured at the end of each phase at least; ``static_opd`` and ``mopd``, whose student has one phase alone,
+    need ``diagnostics.every`` above 0 for it.
     """
 
     cycles: PositiveInt = 4

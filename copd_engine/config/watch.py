@@ -15,7 +15,8 @@ class EvalConfig(Section):
 
 
 class DiagnosticsConfig(Section):
-    """(OVERLAP) with k = ``top_k`` and KL between all branches on ``num_prompts`` fixed probe prompts per domain.
+    """(OVERLAP) with k = ``top_k`` (on a GPU at most 32) and KL between all branches on ``num_prompts`` fixed probe
+    prompts per domain.
 
     ``update_angle``: also the cosine of what two branches learned since the last diagnostics, for which the parameters
     of each are remembered until the next.
