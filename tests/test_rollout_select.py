@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from copd_engine.config import ModelConfig, RolloutConfig
+from copd_engine.rollout import select
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.rollout.select import create_engine, resolve_engine
@@ -35,7 +36,18 @@ def test_auto_takes_sglang_where_it_is_installed_beside_a_gpu(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(select, "STAND_INS", "no-such-package")
     assert resolve_engine(engine, device) == expected
+
+
+def test_stand_ins_for_a_cpu_do_not_sample_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(select, "STAND_INS", "torch")  # a package that is installed
+    assert resolve_engine("auto", "cuda") == "embedded"
+    assert resolve_engine("sglang", "cpu") == "sglang"
+    with pytest.raises(UserError, match=r"'sglang' on cuda: sgl_kernel in this environment is the stand-in"):
+        resolve_engine("sglang", "cuda")
 
 
 def test_sglang_must_be_installed_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """What only a GPU can show of the sglang engine: CUDA IPC, the memory saver, deterministic kernels, tensor parallelism.
 
-Not yet run: the machines that build this have no GPU.
+Not run yet.
 """
 
 from __future__ import annotations

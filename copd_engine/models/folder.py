@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from copd_engine.types import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: What a model folder needs; never pickles, nothing of other frameworks, nothing below the top folder.
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+HUB_WEIGHTS = ("*.safetensors",)
 
 
-def find_folder(path: str) -> Path:
+def find_folder(path: str, with_weights: bool = True) -> Path:
     """The local folder of ``model.path``: a folder, ``testbed``, or a hub id by way of the hub's own cache.
 
-    Offline (``HF_HUB_OFFLINE=1``) the cache alone is read. UserError for a path that is neither.
+    Of a hub model without ``with_weights`` only config, tokenizer and processor are fetched. Offline
+    (``HF_HUB_OFFLINE=1``) the cache alone is read. UserError for a path that is neither.
     """
     if path == "testbed":
         return Path(str(files("copd_engine") / "testbed" / "base"))
@@ -37,13 +40,13 @@ def find_folder(path: str) -> Path:
         raise UserError(
             f"model.path = {path!r}: no such folder (a Hugging Face folder, a hub id, 'testbed' or 'smollm2')"
         )
-    return _hub_folder(path)
+    return _hub_folder(path, HUB_FILES + HUB_WEIGHTS if with_weights else HUB_FILES)
 
 
-def _hub_folder(name: str) -> Path:
+def _hub_folder(name: str, patterns: Sequence[str]) -> Path:
     where = f"model.path = {name!r}: no such folder, and"
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except GatedRepoError:
         raise UserError(
             f"{where} this hub model asks for consent: accept its terms on its page, then `hf auth login`"

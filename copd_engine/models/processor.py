@@ -267,8 +267,11 @@ def folder_encoder(folder: Path, config: PreTrainedConfig, media: MediaConfig | 
 
 
 def load_encoder(path: str, media: MediaConfig | None = None) -> PromptEncoder:
-    """The prompt encoder of ``model.path`` without its weights. UserError for a model that cannot be read."""
-    folder = smollm2_folder() if path == "smollm2" else find_folder(path)
+    """The prompt encoder of ``model.path``; its weights are neither read nor fetched.
+
+    UserError for a model that cannot be read.
+    """
+    folder = smollm2_folder() if path == "smollm2" else find_folder(path, with_weights=False)
     try:
         if list(folder.glob("*.gguf")):
             file = find_gguf(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Mapping
@@ -19,19 +20,36 @@ from copd_engine.types import UserError
 
 logger = logging.getLogger(__name__)
 
+#: The package of ``tools/sglang_cpu``.
+STAND_INS = "copd-sglang-cpu"
+
 
 def resolve_engine(engine: str, device: str) -> Literal["embedded", "sglang"]:
     """``auto`` settled for this machine: sglang where it is installed and ``device`` is a CUDA GPU, else embedded.
 
-    UserError for sglang where it is not installed.
+    UserError for sglang where it is not installed, or on a GPU with kernels that are made for a CPU's tests.
     """
     installed = importlib.util.find_spec("sglang") is not None
+    on_gpu = torch.device(device).type == "cuda" and torch.version.cuda is not None
     if engine == "sglang":
         if not installed:
             raise UserError("rollout.engine = 'sglang': the package is missing; install the extra 'sglang'")
+        if on_gpu and _has_stand_ins():
+            raise UserError(
+                f"rollout.engine = 'sglang' on {device}: sgl_kernel in this environment is the stand-in of "
+                "tools/sglang_cpu, for machines without a GPU: install the extra 'sglang' into an environment of its "
+                "own, or set rollout.engine=embedded"
+            )
         return "sglang"
-    on_gpu = torch.device(device).type == "cuda" and torch.version.cuda is not None
-    return "sglang" if engine == "auto" and installed and on_gpu else "embedded"
+    return "sglang" if engine == "auto" and installed and on_gpu and not _has_stand_ins() else "embedded"
+
+
+def _has_stand_ins() -> bool:
+    try:
+        importlib.metadata.distribution(STAND_INS)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def create_engine(

@@ -1,7 +1,7 @@
 """The problems of test_truth.py on a CUDA device, in bf16, fp32 and fp16, and the memory of the operations there.
 
-Nobody has run these yet: they were written on a machine without a GPU, where every test here is skipped. The kernels
-are tested in Triton's interpreter (test_gpu_*.py) and compiled ahead of time (test_gpu_aot.py).
+Not run yet: without a GPU every test here is skipped. The kernels are tested in Triton's interpreter (test_gpu_*.py)
+and compiled ahead of time (test_gpu_aot.py).
 """
 
 from __future__ import annotations

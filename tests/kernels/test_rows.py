@@ -62,7 +62,7 @@ def test_every_row_of_the_statistics_at_any_width(vocab: int) -> None:
 @pytest.mark.parametrize("offset", [0.0, 10.0])
 @pytest.mark.parametrize("gap", [0.5, 0.05, 0.005, 0.0008])
 def test_divergence_of_close_heads_over_a_real_vocabulary(gap: float, offset: float) -> None:
-    # KL of 4e-2 to 4e-7 (kernels.md, section 2).
+    # KL of 4e-2 to 4e-7.
     s, t = close_heads(2, 151_936, gap)
     t = t + offset
     truth = true_dual(s, t, torch.tensor([5, -1]))
