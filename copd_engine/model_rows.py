@@ -78,11 +78,12 @@ class ModelRows:
             return [self._row(label + suffix, kind, self._branches[single].policy, self._branches, samples_step)]
         if len(self._branches) == 1:
             return []
-        merged = self.model_of(self.merged_parameters())
+        merged = self.model_of(self.merged_parameters(suffix))
         return [self._row(label + suffix, kind, merged, self._branches, samples_step)]
 
-    def merged_parameters(self) -> dict[str, torch.Tensor]:
-        """theta*, the merge of the branches as they are now, by Hugging Face names."""
+    def merged_parameters(self, suffix: str = "") -> dict[str, torch.Tensor]:
+        """theta*, the merge of the branches as they are now, by Hugging Face names. ``suffix``: of its row's label, by
+        which a search is kept: ``search.json``, ``search-equal-steps.json``."""
         branches = {name: branch.full_parameters() for name, branch in self._branches.items()}
         base, recipe = self._base.full_parameters(), self._config.merge
         if recipe.method == "search":
@@ -91,7 +92,9 @@ class ModelRows:
                 return self.model_of(merge(base, branches, candidate)), self._encoder
 
             found = search(self._config, len(branches), model_of, self._config.eval.final_num_prompts)
-            run_folder.write_json(self._run_dir / SEARCH_FILE, found.as_json())
+            file = Path(SEARCH_FILE)
+            named = file.with_stem(run_folder.file_name(file.stem + suffix))
+            run_folder.write_json(self._run_dir / named, found.as_json())
             tqdm.write(found.table())
             recipe = found.best
         return merge(base, branches, recipe)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
+import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -15,13 +17,17 @@ from typing import Any
 from copd_engine import report, run_folder
 from copd_engine.child_process import end_with_parent
 from copd_engine.config import RunConfig
+from copd_engine.report.retention import with_scores
 from copd_engine.resolve import resolve
 from copd_engine.trainer import Trainer
 from copd_engine.types import UserError
 
+END_TIMEOUT_S = 10.0
+
 
 def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False, command: str = "") -> dict[str, Any]:
-    """Train the config's baselines and its method; returns the result with the rows of all.
+    """Train the config's baselines and its method; returns the result with the rows of all, and with the score of each
+    held-out prompt beside them (:func:`copd_engine.report.retention.with_scores`).
 
     What is finished is not trained again. With ``overwrite`` the old run is deleted, but only after data and model of
     the new one were read without an error. Raises UserError for bad input, for a folder that holds another run, and
@@ -35,7 +41,7 @@ def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False
             result: dict[str, Any] = json.loads(finished.read_text())
             if not (run_dir / "report.html").is_file():
                 report.write_report(run_dir)
-            return result
+            return with_scores(result, run_dir)
     trainer = Trainer(config, run_dir, command)
     if overwrite and (run_dir / run_folder.CONFIG).is_file():
         shutil.rmtree(run_dir)
@@ -43,12 +49,7 @@ def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False
     with _lock(run_dir):
         baselines = [(_baseline(config, method, run_dir), run_dir / "baselines" / method) for method in _order(config)]
         todo = [(settings, folder) for settings, folder in baselines if not (folder / run_folder.RESULT).is_file()]
-        children = []
-        if config.parallel_baselines:
-            children = [_Child(settings, folder, command, row) for row, (settings, folder) in enumerate(todo, 1)]
-        else:
-            for settings, folder in todo:
-                Trainer(settings, folder, command).run()
+        children: list[_Child] = []
 
         def baseline_rows() -> list[dict[str, Any]]:
             for child in children:
@@ -58,12 +59,17 @@ def run_with_baselines(config: RunConfig, run_dir: Path, overwrite: bool = False
             return list({row["model"]: row for row in reversed(rows)}.values())[::-1]  # experts may be in several
 
         try:
+            if config.parallel_baselines:
+                children.extend(_Child(*of_one, command, row) for row, of_one in enumerate(todo, 1))
+            else:
+                for settings, folder in todo:
+                    Trainer(settings, folder, command).run()
             result = trainer.run(baseline_rows)
         finally:
             for child in children:
                 child.stop()
     report.write_report(run_dir)
-    return result
+    return with_scores(result, run_dir)
 
 
 def _order(config: RunConfig) -> list[str]:
@@ -81,14 +87,15 @@ def _baseline(config: RunConfig, method: str, run_dir: Path) -> RunConfig:
 
 
 class _Child:
-    """A baseline in a process of its own. It ends with its parent, however that ends."""
+    """A baseline in a process of its own. It ends with its parent, however that ends: :func:`end_with_parent` sees to
+    that, not multiprocessing, whose daemons may have no children, such as sglang's process."""
 
     def __init__(self, config: RunConfig, folder: Path, command: str, bar_position: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._method = config.method
         self._error, error = context.Pipe(duplex=False)
         arguments = (config.model_dump_json(), folder, command, bar_position, error)
-        self._process = context.Process(target=_train_in_child, args=arguments, daemon=True)
+        self._process = context.Process(target=_train_in_child, args=arguments)
         self._process.start()
         error.close()
 
@@ -98,7 +105,7 @@ class _Child:
             message = self._error.recv()
         except EOFError:
             message = None
-        self._process.join()
+        self._process.join(None if message is None else END_TIMEOUT_S)  # stop() ends what an engine holds up
         if message is not None:
             raise UserError(f"baseline {self._method!r}: {message}")
         if self._process.exitcode:
@@ -115,6 +122,9 @@ def _train_in_child(config: str, folder: Path, command: str, bar_position: int, 
         Trainer(RunConfig.model_validate_json(config), folder, command, bar_position).run()
     except UserError as problem:
         error.send(str(problem))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # an exit would wait for the process of an engine that was left open
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import copd_engine.merge.command
+from copd_engine.algorithms import EQUAL_FLOPS, EQUAL_STEPS
 from copd_engine.config import MergeConfig, build_config
 from copd_engine.evaluate import Accuracy, evaluate
 from copd_engine.merge import merge
 from copd_engine.merge.search import Search, Tried, grid, search
+from copd_engine.model_rows import ModelRows
 from copd_engine.models.base import Policy
 from copd_engine.prompts import HeldOutPrompts
 from copd_engine.rollout.base import Sampling
@@ -156,6 +160,26 @@ def test_retention_of_the_command_is_that_of_the_runs_result(
         assert has == f"{100 * rows['merged']['accuracy'][domain]:.1f}"
 
 
+def test_every_row_keeps_its_own_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may merge more than once: at equal steps, at its end, at equal FLOPs."""
+    recipes = iter(grid(2)[:3])
+    monkeypatch.setattr("copd_engine.model_rows.search", lambda *_: Search([tried(next(recipes), 0.5)]))
+    config = build_config(
+        {
+            "branches": [{"name": name, "data": {"domain": name}} for name in ("text", "image")],
+            "merge": {"method": "search"},
+        }
+    )
+    model = SimpleNamespace(full_parameters=dict)
+    rows = ModelRows(config, tmp_path, model, None, {"text": model, "image": model}, None, None)  # type: ignore[arg-type]
+    for suffix in (EQUAL_STEPS, "", EQUAL_FLOPS):
+        assert rows.merged_parameters(suffix) == {}
+    files = ["search-equal-steps.json", "search.json", "search-equal-FLOPs.json"]
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+    found = [MergeConfig(**json.loads((tmp_path / name).read_text())["best"]) for name in files]
+    assert found == grid(2)[:3]
+
+
 @pytest.mark.usefixtures("_no_figures")
 def test_a_run_that_searches_its_merge(site: Site, copd: Callable[..., Ended]) -> None:
     ended = copd("train", site.write(name="searched", merge={"method": "search"}, schedule={"cycles": 1}))
@@ -171,3 +195,4 @@ def test_a_run_that_searches_its_merge(site: Site, copd: Callable[..., Ended]) -
     num_prompts = {row["num_prompts"] for row in json.loads((run / "result.json").read_text())["rows"]}
     assert max(num_prompts) < 8
     assert "on its own domain" in ended.out
+    assert "± standard error of the difference, paired by prompt" in ended.out

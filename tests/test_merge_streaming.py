@@ -109,6 +109,19 @@ def test_a_tied_head_may_stand_in_any_of_the_folders(tmp_path, branches):
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
 
 
+def test_a_stored_head_that_is_not_the_tied_embedding_is_an_error(tmp_path, branches):
+    """Trained apart under a base that ties the two, it would be lost. One entry of the last block differs."""
+    embedding = moved(1)["model.language_model.embed_tokens.weight"]
+    head = embedding.clone()
+    head[-1, -1] += 1
+    other = write(tmp_path / "other", moved(1) | {"lm_head.weight": head})
+    message = "other: lm_head.weight is not its embedding, but the base's config.json has tie_word_embeddings"
+    for base, ends in ((TESTBED, {"one": other, "two": branches["two"]}), (other, branches)):
+        with pytest.raises(UserError, match=message):
+            merge_folders(base, ends, tmp_path / "out", MergeConfig())
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_untied_head_is_merged_and_must_not_lack(tmp_path):
     folders = {name: tmp_path / name for name in ("base", "one")}
     for seed, folder in enumerate(folders.values()):

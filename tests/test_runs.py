@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from copd_engine.config import RunConfig, build_config
-from copd_engine.runs import run_with_baselines
+from copd_engine.report.retention import retention
+from copd_engine.runs import _Child, run_with_baselines
 from copd_engine.types import UserError
 from tests.small_run import contents, numbers, small_config, write_base, write_data
 
@@ -27,17 +28,29 @@ def config_of(material: tuple[Path, Path], output_dir: Path, **changes: object) 
     return build_config({**config, "branches": config["branches"][:2]})
 
 
-def test_baselines_beside_the_run_give_what_they_give_before_it(material: tuple[Path, Path], tmp_path: Path) -> None:
+def test_baselines_beside_the_run_give_what_they_give_before_it(
+    material: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = config_of(material, tmp_path / "before")
     beside = config_of(material, tmp_path / "beside", parallel_baselines=True)
     folders = [config.output_dir / config.name for config in (before, beside)]
     children = multiprocessing.active_children()
+    daemons = []
+    join = _Child.join
+    monkeypatch.setattr(_Child, "join", lambda self: (daemons.append(self._process.daemon), join(self)))
     results = [run_with_baselines(config, folder) for config, folder in zip((before, beside), folders, strict=True)]
     assert results[0]["rows"] == results[1]["rows"]
     assert "average of experts" in [row["model"] for row in results[1]["rows"]]
     for part in (".", "baselines/expert"):
         assert numbers(folders[0] / part) == numbers(folders[1] / part)
     assert multiprocessing.active_children() == children
+    assert daemons == [False]  # a daemon could not start sglang's process
+    # As the command prints them: with the score of each prompt, of the baseline's models too.
+    for result in results:
+        scored = [row["model"] for row in result["rows"] if "rewards" in row]
+        assert {"merged", "branch:text", "expert:text", "average of experts"} <= set(scored)
+        assert all(entry.paired for entry in retention(result))
+    assert "rewards" not in (folders[0] / "result.json").read_text()
 
 
 def test_a_baseline_that_fails_beside_the_run_is_named(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -102,6 +103,27 @@ def test_generated_prompts_are_other_ones_for_every_seed_and_equal_for_all_varia
     assert seeds == {(seed, seed) for seed in (1, 2, 3, 4, 5)}
 
 
+def test_reasoning_gym_has_no_question_twice_in_two_seeds(tmp_path: Path) -> None:
+    """Question i is made from seed + i, a held-out one from seed + 2**30 + i, one of a search from seed + 2**29 + i."""
+    gym = {"source": "reasoning_gym", "task": "basic_arithmetic", "seed": 3}
+    mixture = {"source": "mixture", "sources": [{**gym, "weight": 1}, {"domain": "text", "seed": 3, "weight": 1}]}
+    branches = [{"name": "gym", "data": gym}, {"name": "both", "data": mixture}]
+    study = study_of(tmp_path, run={"branches": branches}, variants={"copd": {}}, seeds=[0, 1, 2, 510])
+    data = {unit.seed: [branch.data for branch in unit.config.branches] for unit in units_of(study)}
+    assert [gym.seed for gym, _ in data.values()] == [3, 3 + 2**20, 3 + 2**21, 3 + 510 * 2**20]
+    assert [[source.seed for source in both.sources] for _, both in data.values()] == [
+        [3, 3],
+        [3 + 2**20, 4],
+        [3 + 2**21, 5],
+        [3 + 510 * 2**20, 513],
+    ]
+    starts = [gym.seed + offset for gym, _ in data.values() for offset in (0, 2**29, 2**30)]
+    distances = np.diff(sorted(starts))
+    assert min(distances) == 2**20
+    with pytest.raises(UserError, match="seeds: 511 is too large: with source reasoning_gym"):
+        units_of(study_of(tmp_path, run={"branches": branches}, variants={"copd": {}}, seeds=[511]))
+
+
 def test_rows_of_files_stay_where_they_are(tmp_path: Path) -> None:
     branch = {"name": "text", "data": {"source": "jsonl", "path": "text.jsonl"}}
     study = study_of(tmp_path, run={"branches": [branch]}, variants={"copd": {}})
@@ -168,6 +190,51 @@ def test_methods_for_other_numbers_of_branches(tmp_path: Path, number: int) -> N
         assert study.tables[0].rows == rows
 
 
+def test_under_lora_static_methods_train_experts_of_their_own(tmp_path: Path) -> None:
+    """A finished run has no adapters to go on with: units that took its experts would fail after it was trained."""
+    run = {**run_with("math", "charts"), "model": {"lora": {"rank": 4}}}
+    for number, methods in enumerate((["copd", "static_opd", "mopd", "expert"], ["copd", "static_opd", "mopd"])):
+        (tmp_path / str(number)).mkdir()
+        study = load_study(write_study(tmp_path / str(number), run=run, methods=methods))
+        assert ("expert" in study.variants) == ("expert" in methods)
+        assert [variant.needs for variant in study.variants.values()] == [()] * len(study.variants)
+        configs = {unit.variant: unit.config for unit in units_of(study)}
+        assert configs["mopd"].mopd.experts is None
+        assert {configs[f"static_opd_{name}"].static_opd.experts for name in ("math", "charts")} == {None}
+    assert (
+        error_of(
+            write_study(
+                tmp_path,
+                run=run,
+                variants={
+                    "expert": {"changes": {"method": "expert"}},
+                    "mopd": {"changes": {"method": "mopd"}, "experts": "expert"},
+                },
+            )
+        )
+        == "variants.mopd.experts: under model.lora a run has no adapters to go on with; leave it out"
+    )
+
+
+def test_overrides_change_a_run_that_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"optim": {"lr": 1e-3}, **run_with("math", "charts")}))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"optim": {"lr": 2e-3}, **run_with("math", "charts")}))
+    file = write_study(tmp_path, run="run.yaml", methods=["copd"])
+
+    def run_of(*overrides: str) -> dict[str, Any]:
+        return load_study(file, list(overrides)).run
+
+    assert run_of()["optim"] == {"lr": 1e-3}
+    changed = run_of("run.optim.lr=5e-4", "run.branches.1.beta=2", "seeds=[7]")
+    assert (changed["optim"], changed["branches"][1]["beta"]) == ({"lr": 5e-4}, 2)
+    assert run_of("run.optim.max_tokens_per_micro_batch=64", "run=other.yaml")["optim"] == {
+        "lr": 2e-3,
+        "max_tokens_per_micro_batch": 64,
+    }
+    inline = write_study(tmp_path, run=run_with("math", "charts"), methods=["copd"])
+    assert load_study(inline, ["run.optim.lr=5e-4"]).run["optim"] == {"lr": 5e-4}
+
+
 def test_what_is_written_out_stands_beside_the_defaults(tmp_path: Path) -> None:
     extra = {"half": {"changes": {"method": "copd", "schedule": {"cycles": 2}}}}
     claims = [{"claim": "longer is better", "better": "copd", "than": "half"}]
@@ -189,6 +256,14 @@ def test_what_is_written_out_stands_beside_the_defaults(tmp_path: Path) -> None:
         ({"seeds": []}, "must be different seeds, at least one"),
         ({"methods": ["copd", "grpo"]}, "methods = ['copd', 'grpo']: must be a list of copd, mixed, mopd"),
         ({"run": "missing.yaml"}, "missing.yaml does not exist"),
+        ({"methods": ["copd"], "variants": ["a"]}, "variants = ['a']: must be a mapping of names to sections"),
+        ({"methods": ["copd"], "claims": 5}, "claims = 5: must be a list"),
+        ({"methods": ["copd"], "run": {"branches": 3}}, "run.branches must be a list of branches, each with a name"),
+        ({"methods": ["copd"], "run": {"branches": []}}, "run.branches must be a list of branches, each with a name"),
+        ({"methods": ["copd"], "run": {"branches": [3]}}, "run.branches must be a list of branches, each with a name"),
+        ({"methods": ["copd"], "run": {**RUN, "model": "smollm2"}}, "run.model = 'smollm2': must be a section of keys"),
+        ({"methods": ["copd"], "run": 3}, "run = 3: must be a section"),
+        ({"methods": ["copd"], "run": None}, "key 'run' is missing"),
         ({"variants": {"pilot": {}}}, "the name 'pilot' is taken"),
         (
             {"variants": {"copd": {"branchs": ["text"]}}},
@@ -269,6 +344,15 @@ def test_a_pilot_names_branches(tmp_path: Path) -> None:
         units_of(study_of(tmp_path, pilot=pilot))
 
 
+def test_a_pilot_under_lora_is_an_error_before_anything_is_trained(tmp_path: Path) -> None:
+    """It would train all weights of its students."""
+    pilot = {"experts": "expert", "teacher": "image", "students": ["text"], "fractions": [1.0], "opd_steps": 1}
+    study = study_of(tmp_path, pilot=pilot, run={**RUN, "model": {"lora": {"rank": 4}}})
+    with pytest.raises(UserError, match=r"pilot: .*'expert' under model\.lora"):
+        units_of(study)
+    assert not list(tmp_path.iterdir())
+
+
 # The folder
 
 
@@ -279,9 +363,17 @@ def test_a_study_is_fixed_before_its_seeds_are_run(tmp_path: Path) -> None:
     assert json.loads((root / "study.json").read_text())["sha256"] == fingerprint(study)
     before = (root / "study.json").read_bytes()
     assert claim_folder(study_of(tmp_path, claims=claims, processes=2)) == root
-    for changes in ({"seeds": [1, 2]}, {"claims": []}, {"run": merged(RUN, {"optim": {"lr": 1e-3}})}):
-        with pytest.raises(UserError, match=r"another config.*were fixed before its seeds were run"):
+    lr = {"optim": {"lr": 1e-3}}
+    for changes, first in (
+        ({"seeds": [1, 2]}, r"seeds was \[1, 2, 3\], is \[1, 2\]"),
+        ({"claims": []}, r"claims was \[\{.*, is \[\]"),
+        ({"claims": [{**claims[0], "domain": "text"}]}, "claims.0.domain was 'average', is 'text'"),
+        ({"run": merged(RUN, lr)}, r"run.optim was None, is \{'lr': 0.001\}"),
+    ):
+        with pytest.raises(UserError, match=rf"another config \({first}; sha.*were fixed before its seeds were run"):
             claim_folder(study_of(tmp_path, **{"claims": claims, **changes}))
+    with pytest.raises(UserError, match=r"another config \(with or without --fast; "):
+        claim_folder(study, fast=True)
     assert (root / "study.json").read_bytes() == before
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
-from copd_engine.study.config import StudyConfig
+from copd_engine.study import figures
+from copd_engine.study.config import StudyConfig, TableConfig
 from copd_engine.study.page import write_page
 from copd_engine.study.plan import fingerprint
+from copd_engine.study.results import Results
 from copd_engine.study.run import SESSIONS, TIMES
+from copd_engine.study.tables import accuracy_table
 from tests.study_folder import study_of, write_pilot, write_run
 
 CLAIMS: list[dict[str, Any]] = [
@@ -96,7 +102,8 @@ def test_numbers_are_those_of_the_run_folders(page: tuple[StudyConfig, Path]) ->
     assert falls[1] == "how far overlap (k = 10) of copd falls over a phase I but the first"
     assert row_of(text, "1 of the way to the text expert")[1:4] == ["0.700", "0.700", "1.300"]
     # Gain .03 + seed / 100 of .8 - .3: 8, 10, 12 %, half an interval t(0.975, 2) * 2 / sqrt(3).
-    assert row_of(text, "2 of the way to the text expert")[6:] == ["5.0 ± 2.5", "10.0 ± 5.0"]
+    # One gain: 30 % before, 34, 35, 36 % after, of 400 prompts each: sqrt((.21 + .2275) / 400), 3.3 points.
+    assert row_of(text, "2 of the way to the text expert")[6:] == ["5.0 ± 2.5", "3.3", "10.0 ± 5.0"]
     assert "that of the teacher is 80.0 ± 0.0" in text
     assert "overlap, k = 10 |" in text
     assert "Top-k overlap, k = 10: mean over pairs" in text
@@ -116,10 +123,9 @@ def test_where_it_comes_from(page: tuple[StudyConfig, Path]) -> None:
     assert row_of(text, "Wall time")[1] == f"4.0 min, started 3 times, {killed}"
     assert row_of(text, "CPU time")[1].startswith("5.0 min")  # 200, 60, 40 s
     assert row_of(text, "CoPD's topology")[1] == "both ways (two branches): copd"
-    assert (
-        "3 claims were tested: 2 hold, 0 do not hold, 1 are not decided" in text
-        or "3 claims were tested: 3 hold" in text
-    )
+    # Of overlaps .5, .7, .9 and gains .01, .02, .03 + seed / 100: r is .98, .96, .94 by seed.
+    assert "3 claims were tested: 3 hold, 0 do not hold, 0 are not decided. A claim holds if" in text
+    assert [row_of(text, claim["claim"].replace("|", "\\|"))[-1] for claim in CLAIMS] == ["holds", "holds *", "holds *"]
     config = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     assert [claim["claim"] for claim in config["claims"]] == [claim["claim"] for claim in CLAIMS]
     assert "Missing" not in text
@@ -161,8 +167,16 @@ def test_the_page_says_what_is_missing(tmp_path: Path) -> None:
         assert "seed-1/pilot: not finished" in page
     assert row_of(text, "Units finished")[1] == "5 of 9"
     assert row_of(text, "Gain rises with overlap")[-1] == "missing"
-    assert row_of(text, "CoPD")[1].startswith("65.0 ± ")  # of the two seeds that are there
-    assert "1 are missing" in text
+    assert row_of(text, "CoPD (2 of 3 seeds)")[1] == "65.0 ± 63.5"  # 60 and 70: t(0.975, 1) = 12.706 times 5
+    assert row_of(text, "average")[1] == "50.0 ± 0.0"
+    tested = "0 of 3 claims were tested: 0 hold, 0 do not hold, 0 are not decided"
+    assert f"{tested}; 2 others have numbers of too few seeds, 1 are missing. " in text
+    claim = row_of(text, "CoPD <is> above the average \\| of experts")
+    assert claim[2].endswith(" (2 of 3 seeds)")
+    assert (claim[4], claim[-1]) == ("seed 1: +5.0, seed 3: +10.0", "not decided")
+    for figure, few in (("Overlap (a)", "CoPD (2 of 3 seeds)"), ("Ratio (c)", "all at 1.5 (2 of 3 seeds)")):
+        caption = next(line for line in text.splitlines() if line.startswith(f"{figure}. "))
+        assert caption.endswith(f" Not of all seeds: {few}.")
     assert not any((root / "figures" / f"{key}.png").exists() for key in PILOTS)
 
 
@@ -190,3 +204,53 @@ def test_the_page_names_the_topology_of_every_copd_variant(tmp_path: Path) -> No
     write_page(study, "", {})
     row = row_of((tmp_path / study.name / "study.md").read_text(), "CoPD's topology")
     assert row[1] == "full: a, c; hub (text): b; both ways (two branches): d; image → text: e"
+
+
+def test_figures_of_one_slug_are_two_files(tmp_path: Path) -> None:
+    lines = {"all": {0.5: "expert", 1.5: "copd"}}
+    titles = ["Ratio (a)", "Ratio: a", "Σ", "Δ"]
+    sweeps = [{"title": title, "x_label": "ratio", "lines": lines} for title in titles]
+    finished(tmp_path)
+    study = study_of(tmp_path, **{**SECTIONS, "sweeps": sweeps})
+    write_page(study, "", {})
+    text = (tmp_path / study.name / "study.md").read_text()
+    keys = ["overlap-a", "ratio-a", "ratio-a-2", "figure", "figure-2", *PILOTS]
+    assert re.findall(r"\(figures/([^)]+)\.png\)", text) == keys
+    assert {path.stem for path in (tmp_path / study.name / "figures").iterdir()} == set(keys)
+
+
+def test_no_bar_is_drawn_where_there_is_no_interval(tmp_path: Path) -> None:
+    """One of the two points has a single seed."""
+    study = finished(tmp_path)
+    for seed in (2, 3):
+        (tmp_path / study.name / f"seed-{seed}" / "expert" / "result.json").unlink()
+    ax = Figure().add_subplot()
+    assert figures._draw_sweep(ax, study.sweeps[0], Results(study))
+    (container,) = ax.containers
+    (bars,) = container[2]
+    lengths = [np.ptp(segment[:, 1]) for segment in bars.get_segments() if len(segment)]
+    # Averages over both domains: 55, 57.5, 60 %; t(0.975, 2) times 2.5 / sqrt(3), twice.
+    assert lengths == [pytest.approx(2 * 4.3027 * 2.5 / math.sqrt(3), rel=1e-4)]
+
+
+def test_the_pilots_lines_are_those_of_the_seeds(tmp_path: Path) -> None:
+    study = finished(tmp_path)
+    ax = Figure().add_subplot()
+    assert figures._draw_pilot(ax, Results(study), per_headroom=False)
+    assert len(ax.lines) == len(study.seeds)
+    for seed, line in zip(study.seeds, ax.lines, strict=True):
+        slope = np.polyfit([0.5, 0.7, 0.9], [1.0, 2.0, 3.0 + seed], 1)[0]
+        x, y = line.get_data()
+        assert (y[1] - y[0]) / (x[1] - x[0]) == pytest.approx(slope)
+
+
+def test_a_branch_alone_is_shown_at_its_own_cost_and_the_note_says_so(tmp_path: Path) -> None:
+    study = finished(tmp_path)
+    rows = {"text branch": "copd/branch:text", "CoPD": "copd/base"}
+    tables = [accuracy_table(TableConfig(title="t", rows=r), Results(study)) for r in ({"CoPD": "copd"}, {})]
+    assert all("alone" not in table.note for table in tables)
+    for seed in study.seeds:
+        file = tmp_path / study.name / f"seed-{seed}" / "copd" / "result.json"
+        file.write_text(file.read_text().replace('"merged"', '"branch:text"'))
+    note = accuracy_table(TableConfig(title="t", rows=rows), Results(study)).note
+    assert note.endswith("Of a branch alone (text branch) they are its own, without those of its teachers.")

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 import yaml
 
+from copd_engine import run_folder
 from copd_engine.metrics import read_metrics
+from copd_engine.resolve import resolve
 from copd_engine.study.config import load_study
+from copd_engine.study.plan import claim_folder, units_of
 from copd_engine.study.run import TIMES, run_study, spent, times_of
-from copd_engine.study.worker import Job, Worker
+from copd_engine.study.worker import Job, Worker, gpu_share, visible_gpus
 from copd_engine.types import UserError
 from tests import cli_site
 from tests.cli_site import Ended
@@ -167,6 +173,162 @@ def test_a_process_that_dies_fails_its_unit_alone(
     assert first["wall_s"] > 0
     assert spent(tmp_path / "small").cpu_s > second["cpu_s"]
     assert (tmp_path / "small/seed-1/second/result.json").is_file()
+
+
+class StartsAChild(NamedTuple):
+    """Stands for a unit whose engine runs in a process of its own, as sglang does. It says how that ended."""
+
+    folder: Path
+
+    @property
+    def variant(self) -> str:
+        child = multiprocessing.get_context("spawn").Process(target=os.getpid)
+        child.start()
+        child.join()
+        raise UserError(f"its child ended with {child.exitcode}")
+
+
+def test_a_unit_may_start_a_process(tmp_path: Path) -> None:
+    """Which daemons of multiprocessing may not."""
+    worker = Worker.start()
+    try:
+        worker.give(Job(StartsAChild(tmp_path), None, None, "", tmp_path / "logs" / "log.txt"))  # type: ignore[arg-type]
+        outcome = worker.outcome()
+        assert outcome is not None
+        assert outcome.error == "its child ended with 0"
+    finally:
+        worker.end()
+    assert not worker.process.is_alive()
+
+
+class LeavesAChild(NamedTuple):
+    """Fails and leaves a process open, as an engine that was not closed."""
+
+    folder: Path
+
+    @property
+    def variant(self) -> str:
+        multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,)).start()
+        raise UserError("left open")
+
+
+def test_a_process_that_a_unit_failed_in_ends_whatever_was_left_in_it(tmp_path: Path) -> None:
+    worker = Worker.start()
+    assert worker.process.pid is not None
+    worker.give(Job(LeavesAChild(tmp_path), None, None, "", tmp_path / "log.txt"))  # type: ignore[arg-type]
+    outcome = worker.outcome()
+    left = psutil.Process(worker.process.pid).children()
+    begin = time.monotonic()
+    worker.end()
+    assert time.monotonic() - begin < 60
+    assert outcome is not None
+    assert outcome.error == "left open"
+    assert not worker.process.is_alive()
+    for child in left:
+        child.kill()
+
+
+def test_a_failed_unit_takes_its_process_with_it(
+    material: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its CUDA context may be broken, its engine open: the next unit gets a new process with the same GPUs."""
+    study = load_study(write_study(material, tmp_path, methods=["copd"], processes=1))
+    bad = study.variants["copd"].model_copy(update={"changes": {"model": {"path": "/nowhere"}}})
+    variants = {"bad": bad, "good": study.variants["copd"], "better": study.variants["copd"]}
+    study = study.model_copy(update={"variants": variants, "claims": (), "tables": (), "steps": ()})
+    trained: dict[str, tuple[int | None, str | None]] = {}
+    give = Worker.give
+
+    def watched(self: Worker, job: Job) -> None:
+        trained[job.unit.variant] = (self.process.pid, self.gpus)
+        give(self, job)
+
+    monkeypatch.setattr(Worker, "give", watched)
+    monkeypatch.setattr("copd_engine.study.run.gpu_share", lambda devices, num, index: f"gpu {index} of {num}")
+    assert list(run_study(study)) == ["seed-1/bad"]
+    pids = {name: pid for name, (pid, _) in trained.items()}
+    assert pids["good"] == pids["better"] != pids["bad"]
+    assert {gpus for _, gpus in trained.values()} == {"gpu 0 of 1"}
+
+
+def test_units_that_need_what_failed_are_all_named_whatever_their_order(
+    material: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one process: what fails last stands behind what needs it, and that behind what needs that."""
+    study = load_study(write_study(material, tmp_path, methods=["copd"], processes=1))
+    of = study.variants["copd"].model_copy
+    chain = {
+        "mopd": of(update={"changes": {"method": "mopd"}, "experts": "expert"}),
+        "expert": of(update={"changes": {"method": "expert"}, "flops_of": "copd"}),
+        "copd": of(update={"changes": {"model": {"path": "/nowhere"}}}),
+    }
+    study = study.model_copy(update={"variants": chain, "claims": (), "tables": (), "steps": ()})
+    errors = run_study(study)
+    assert list(errors) == ["seed-1/copd", "seed-1/expert", "seed-1/mopd"]
+    assert errors["seed-1/mopd"] == "it needs seed-1/expert, which failed"
+
+
+def test_a_unit_without_a_whole_checkpoint_says_what_to_remove(material: tuple[Path, Path], tmp_path: Path) -> None:
+    """--overwrite and name=..., which a run of its own is told, would lose the study."""
+    study = load_study(write_study(material, tmp_path, methods=["copd"], processes=1))
+    folder = tmp_path / "small" / "seed-1" / "copd"
+    (unit,) = units_of(study)
+    claim_folder(study)
+    run_folder.claim(folder, resolve(unit.config))
+    checkpoint = folder / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{")
+    (error,) = run_study(study).values()
+    assert error.startswith(f"checkpoint {checkpoint}: manifest.json is not JSON")
+    assert error.endswith(f"; no other checkpoint is whole: remove {folder}, and the same command trains it anew")
+    shutil.rmtree(folder)
+    assert run_study(study) == {}
+
+
+@pytest.mark.parametrize(
+    ("devices", "num_processes", "expected"),
+    [
+        ([], 3, [None, None, None]),
+        (["0"], 2, [None, None]),
+        (["0", "1"], 1, [None]),
+        (["0", "1"], 2, ["0", "1"]),
+        (["2", "GPU-5f"], 5, ["2", "GPU-5f", "2", "GPU-5f", "2"]),
+        (["0", "1", "2", "3", "4"], 2, ["0,2,4", "1,3"]),
+    ],
+)
+def test_processes_share_out_the_gpus(devices: list[str], num_processes: int, expected: list[str | None]) -> None:
+    assert [gpu_share(devices, num_processes, index) for index in range(num_processes)] == expected
+
+
+def test_the_gpus_that_are_visible_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("0,GPU-5f, MIG-1", ["0", "GPU-5f", "MIG-1"]), ("3", ["3"]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert visible_gpus() == expected
+
+
+class SaysItsGpus(NamedTuple):
+    folder: Path
+
+    @property
+    def variant(self) -> str:
+        raise UserError(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+
+
+@pytest.mark.parametrize("before", [None, "0,1"])
+def test_a_process_sees_its_share_and_the_parent_what_it_saw(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str | None
+) -> None:
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    worker = Worker.start("1")
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+    worker.give(Job(SaysItsGpus(tmp_path), None, None, "", tmp_path / "log.txt"))  # type: ignore[arg-type]
+    outcome = worker.outcome()
+    worker.end()
+    assert outcome is not None
+    assert outcome.error == "1"
 
 
 def test_two_processes_cannot_run_one_study(material: tuple[Path, Path], tmp_path: Path) -> None:

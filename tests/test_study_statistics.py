@@ -12,6 +12,7 @@ from scipy import stats
 
 from copd_engine.study.statistics import (
     Interval,
+    can_decide,
     correlation_interval,
     correlation_p,
     pearson,
@@ -71,6 +72,24 @@ def test_one_seed_has_no_interval_and_none_is_an_error() -> None:
 )
 def test_the_whole_interval_decides(low: float, high: float, expected: str) -> None:
     assert verdict(Interval((low + high) / 2, low, high)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "resolution", "expected"),
+    [
+        ((0.1, 0.2), 0.01, False),  # two seeds may agree by chance
+        ((0.1, 0.2, 0.3), 0.01, True),
+        ((1 / 30, 1 / 30, 1 / 30), 1 / 30, False),  # one prompt in every seed
+        ((1 / 30, 1 / 30, 2 / 30), 1 / 30, True),
+        ((5e-17, 6e-17, 4e-17), 1e-9, False),  # what fp64 sums leave of nothing
+        ((0.3 - 0.2, 0.1, 0.4 - 0.3), 1e-9, False),
+        ((1e-5, 1.1e-5, 1.2e-5), 1e-9, True),  # the KL of branches that are close
+    ],
+)
+def test_seeds_that_give_the_same_number_say_nothing_about_their_spread(
+    values: tuple[float, ...], resolution: float, expected: bool
+) -> None:
+    assert can_decide(values, resolution) is expected
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=12))

@@ -11,6 +11,7 @@ import pytest
 
 from copd_engine.study.config import ClaimConfig, load_study
 from copd_engine.study.plan import units_of
+from copd_engine.study.results import Results
 from copd_engine.study.run import times_of
 from tests import cli_site
 from tests.cli_site import Ended
@@ -139,9 +140,14 @@ def test_all_of_it_runs(tmp_path: Path, copd: Callable[..., Ended]) -> None:
     for claim in study.claims:
         assert claim.claim in text
         assert claim.claim in html
-    assert f"{len(study.claims)} claims were tested: 0 hold, 0 do not hold, {len(study.claims)} are not decided" in text
+    number = len(study.claims)
+    assert f"0 of {number} claims were tested: 0 hold, 0 do not hold, 0 are not decided" in text  # one seed
+    assert f"; {number} others have numbers of too few seeds. " in text
+    assert text.count("| not decided |") == number
     assert "missing" not in text.split("## Config")[0]
-    figures = [*study.steps, *study.sweeps, "gain", "gain per headroom"]
+    figures = [*study.steps, *study.sweeps, "gain"]
+    # On four prompts a student is hardly ever two standard errors below its teacher.
+    figures += ["gain per headroom"] if any(p.has_headroom for p in Results(study, True).pilot_points((1,))) else []
     assert len(list((tmp_path / "results").glob("*.png"))) == html.count("data:image/png") == len(figures)
     for table in study.tables:
         assert f"## {table.title}" in text

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from copd_engine.config import MergeConfig
-from copd_engine.merge.methods import check_branches, check_same_model, merged_blocks
+from copd_engine.merge.methods import BLOCK, check_branches, check_same_model, merged_blocks
 from copd_engine.models.folder import HUB_FILES, find_folder, read_config
 from copd_engine.types import UserError
 
@@ -130,14 +130,15 @@ def merge_folders(
 ) -> None:
     """Merge the weights of folders into ``out``, which must not exist, with all other files of the base's model.
 
-    As :func:`copd_engine.merge.merge`, with the numbers of the files: branches may be fp32 and the base bf16. One or
-    several shards as transformers writes them. Written beside ``out`` and renamed: ``out`` is never half a model.
+    As :func:`copd_engine.merge.merge`, with the numbers of the files: branches may be fp32 and the base bf16. A tied
+    head is not written, and must be the embedding wherever it is stored. One or several shards as transformers writes
+    them. Written beside ``out`` and renamed: ``out`` is never half a model.
     """
     check_branches(recipe, branches)
     start, ends = stored_tensors(base), {branch: stored_tensors(folder) for branch, folder in branches.items()}
     if _is_tied(base):
-        for tensors in (start, *ends.values()):
-            tensors.pop(TIED_HEAD, None)
+        for folder, tensors in ((base, start), *((branches[branch], tensors) for branch, tensors in ends.items())):
+            _drop_tied_head(folder, tensors)
     for branch, tensors in ends.items():
         check_same_model(start, branch, tensors)
     with written_beside(out) as aside:
@@ -162,6 +163,25 @@ def written_beside(out: Path) -> Iterator[Path]:
 def _is_tied(folder: Path) -> bool:
     config = read_config(folder, str(folder))
     return bool(config.get("tie_word_embeddings") or (config.get("text_config") or {}).get("tie_word_embeddings"))
+
+
+def _drop_tied_head(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Take a stored head out: the merged embedding stands for it. UserError where it is not equal to the embedding, or
+    to any tensor of its shape, whatever that is called: what was trained of it would be lost."""
+    head = tensors.pop(TIED_HEAD, None)
+    if head is not None and not any(_are_equal(head, other) for other in tensors.values()):
+        raise UserError(
+            f"{folder}: {TIED_HEAD} is not its embedding, but the base's config.json has tie_word_embeddings: the "
+            "merged model would have no head of its own; set it to false in the base, with a head in every folder"
+        )
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Compared as the merge reads them, in blocks."""
+    if one.shape != other.shape:
+        return False
+    spans = ((begin, min(begin + BLOCK, one.numel)) for begin in range(0, one.numel, BLOCK))
+    return all(torch.equal(one.read(*span).double(), other.read(*span).double()) for span in spans)
 
 
 def _copy_other_files(base: Path, out: Path) -> None:

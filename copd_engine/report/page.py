@@ -13,7 +13,7 @@ from PIL import Image
 
 from copd_engine.report.curves import branch_color
 from copd_engine.report.figures import draw_combined, draw_figures
-from copd_engine.report.retention import HEADER, retention, retention_note
+from copd_engine.report.retention import HEADER, retention, retention_note, with_scores
 from copd_engine.report.run import METHOD_NAMES, Run, distinct, load_run, planned_steps
 from copd_engine.report.tables import (
     KINDS,
@@ -47,7 +47,7 @@ def write_report(run_dir: str | Path) -> Path:
         figure = {"title": panel.title, "caption": panel.caption, "src": _data_uri(png)}
         sections.setdefault(panel.section, []).append(figure)
     columns, rows = result_rows(run.result) if run.result else ([], [])
-    kept = retention(run.result) if run.result else []
+    kept = retention(with_scores(run.result, run.dir)) if run.result else []
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("copd_engine.report", ""),
         autoescape=True,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from copd_engine.report.run import nested
+from copd_engine.run_folder import SCORES, file_name
 
 #: Kind of the branches' rows, and the model that their merge is called.
 MERGES = (("expert", "average of experts"), ("branch", "merged"))
@@ -39,6 +42,32 @@ class Retention:
         kept = f"{100 * self.has / self.had:.0f} %" if self.had else "-"
         points = f"{100 * self.difference:+.1f}{error}"
         return [self.branch, f"{100 * self.had:.1f}", self.merged, f"{100 * self.has:.1f}", points, kept]
+
+
+def with_scores(result: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The result with ``rewards`` in its rows: the score of each held-out prompt by domain, where the run folder, or
+    that of its baseline, holds scores whose means are the row's accuracies. A model's row and the merge's are tested on
+    the same prompts with the same draws."""
+    rows = []
+    for row in result["rows"]:
+        scores = _scores(row, [run_dir, run_dir / "baselines" / "expert"])
+        rows.append(row if scores is None else {**row, "rewards": scores})
+    return {**result, "rows": rows}
+
+
+def _scores(row: dict[str, Any], folders: Sequence[Path]) -> dict[str, list[float]] | None:
+    for folder in folders:
+        file = folder / SCORES / f"{file_name(str(row.get('model')))}.json"
+        if file.is_file():
+            scores: dict[str, list[float]] = json.loads(file.read_text())
+            # A folder may hold those of a model of the same name, such as the base of another run.
+            if all(_is_mean(nested(row, "accuracy", domain), values) for domain, values in scores.items()):
+                return scores
+    return None
+
+
+def _is_mean(accuracy: Any, values: Sequence[float]) -> bool:
+    return accuracy is not None and abs(sum(values) / len(values) - accuracy) < 1e-9
 
 
 def retention(result: dict[str, Any]) -> list[Retention]:
@@ -80,9 +109,11 @@ HEADER = ["on its own domain", "it had", "merged model", "has", "difference", "k
 
 def retention_note(rows: Sequence[Retention]) -> str:
     """What ± means."""
-    if all(row.paired for row in rows):
-        return "± standard error of the difference, paired by prompt"
-    return "± standard error of the difference, unpaired"
+    unpaired = [row.branch for row in rows if not row.paired]
+    if len(unpaired) == len(rows):
+        return "± standard error of the difference, unpaired"
+    but = f", unpaired of {', '.join(unpaired)}" if unpaired else ""
+    return f"± standard error of the difference, paired by prompt{but}"
 
 
 def retention_table(result: dict[str, Any]) -> str:

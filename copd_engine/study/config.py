@@ -108,10 +108,11 @@ class ClaimConfig(Section):
     ``phase``: how the ``measure`` of ``variant`` changes over a ``phase``, mean over all of them and all pairs, but
     for the first phase I, which starts from equal models.
     ``above``: the ``measure`` of ``variant`` minus that of the variant ``than``, mean over the steps at which both have
-    it, from the end of the first phase I on (before it the two are the same).
-    ``stays_above``: the smallest such difference, to ``than`` or to the number ``level``.
+    it after the first phase I of the one that is CoPD (until then it trains as independent experts do).
+    ``stays_above``: the smallest such difference, or the smallest difference to the number ``level`` at any step after
+    the start; it holds only if that is above 0 in every seed.
     ``pilot``: the correlation of the pilot's gain with starting overlap; ``pilot_headroom``: of the gain per headroom,
-    the teacher's accuracy minus the student's before.
+    the teacher's accuracy minus the student's before, without students near their teacher.
     """
 
     claim: str
@@ -223,23 +224,42 @@ def load_study(path: str | Path, overrides: list[str] | None = None, fast: bool 
     UserError as in :func:`copd_engine.config.load_config`.
     """
     path = Path(path)
-    data = read_mapping(path, overrides)
-    if isinstance(data.get("run"), str):
-        data["run"] = read_mapping(path.parent / data["run"])
+    data = _read(path, overrides or [])
     if "methods" in data:
         methods = data.pop("methods")
         wrong = [m for m in methods if m not in METHODS] if isinstance(methods, list) else [methods]
         if wrong or not methods:
             raise UserError(f"{path}: methods = {methods!r}: must be a list of {', '.join(METHODS)}")
-        defaults = expand_methods(data.get("run"), methods)
-        for key, value in defaults.items():
+        _check_run(path, data)
+        for key, value in expand_methods(data["run"], methods).items():
             given = data.get(key)
-            if isinstance(value, dict):
-                data[key] = {**value, **(given or {})}
-            else:
-                data[key] = [*value, *(given or [])]
+            if given is not None and not isinstance(given, type(value)):
+                kind = "mapping of names to sections" if isinstance(value, dict) else "list"
+                raise UserError(f"{path}: {key} = {given!r}: must be a {kind}")
+            data[key] = {**value, **(given or {})} if isinstance(value, dict) else [*value, *(given or [])]
     study = validate(StudyConfig, data, str(path))
     if not fast:
         return study
     pilot = study.pilot and study.pilot.model_copy(update={"opd_steps": study.fast.pilot_opd_steps})
     return study.model_copy(update={"name": f"{study.name}-fast", "seeds": study.fast.seeds, "pilot": pilot})
+
+
+def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The file with the run config that it names in place of the path; overrides of ``run.*`` change either."""
+    of_run = [override for override in overrides if override.startswith("run.")]
+    data = read_mapping(path, [override for override in overrides if override not in of_run])
+    if not isinstance(data.get("run"), str):
+        return read_mapping(path, overrides)
+    return {**data, "run": read_mapping(path.parent / data["run"], [o.removeprefix("run.") for o in of_run])}
+
+
+def _check_run(path: Path, data: dict[str, Any]) -> None:
+    """What variants are made for: branches with names."""
+    run = data.get("run")
+    if not isinstance(run, dict):
+        raise UserError(f"{path}: " + ("key 'run' is missing" if run is None else f"run = {run!r}: must be a section"))
+    branches = run.get("branches")
+    if not isinstance(branches, list) or not branches or not all(isinstance(b, dict) and "name" in b for b in branches):
+        raise UserError(f"{path}: run.branches must be a list of branches, each with a name")
+    if not isinstance(run.get("model") or {}, dict):
+        raise UserError(f"{path}: run.model = {run['model']!r}: must be a section of keys")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from copd_engine.config import DiagnosticsConfig
@@ -9,19 +10,20 @@ from copd_engine.config import DiagnosticsConfig
 METHODS = ("copd", "mixed", "mopd", "static_opd", "expert")
 
 
-def expand_methods(run: Any, methods: list[str]) -> dict[str, Any]:
-    """The sections of a study of ``methods`` on the branches of the mapping ``run``.
+def expand_methods(run: Mapping[str, Any], methods: list[str]) -> dict[str, Any]:
+    """The sections of a study of ``methods`` on the ``branches`` of ``run``, a list of mappings with names.
 
     ``static_opd`` is one variant per student: the first branch learns from the second, every other one from the first,
     as on the edges of the paper's hub. It and ``mopd`` take the experts of ``expert``, which is trained once, asked for
-    or not.
+    or not. Under ``model.lora`` a finished run has no adapters to go on with: they train experts of their own.
     """
-    listed = run.get("branches") if isinstance(run, dict) else None
-    names = [str(branch["name"]) for branch in listed or [] if isinstance(branch, dict) and "name" in branch]
+    names = [str(branch["name"]) for branch in run["branches"]]
     methods = list(dict.fromkeys(methods))
     variants: dict[str, Any] = {}
     rows: dict[str, str] = {}
-    needs_experts = {"expert", "mopd", "static_opd"} & set(methods)
+    has_adapters = (run.get("model") or {}).get("lora") is not None
+    taken = {} if has_adapters else {"experts": "expert"}
+    needs_experts = {"expert", *(() if has_adapters else ("mopd", "static_opd"))} & set(methods)
     if needs_experts:
         variants["expert"] = {"changes": {"method": "expert"}}
         rows["base"] = "expert/base"
@@ -36,10 +38,10 @@ def expand_methods(run: Any, methods: list[str]) -> dict[str, Any]:
             teacher = names[1] if student == names[0] else names[0]
             variant = f"static_opd_{student}"
             changes = {"method": "static_opd", "static_opd": {"student": student, "teacher": teacher}}
-            variants[variant] = {"changes": changes, "experts": "expert"}
+            variants[variant] = {"changes": changes, **taken}
             rows[f"static OPD, {teacher} → {student}"] = variant
     if "mopd" in methods and len(names) > 1:
-        variants["mopd"] = {"changes": {"method": "mopd"}, "experts": "expert"}
+        variants["mopd"] = {"changes": {"method": "mopd"}, **taken}
         rows["MOPD"] = "mopd"
     sections: dict[str, Any] = {"variants": variants, "tables": [{"title": "Accuracy", "rows": rows}]}
     if "copd" in methods:
@@ -53,8 +55,8 @@ def expand_methods(run: Any, methods: list[str]) -> dict[str, Any]:
     return sections
 
 
-def _top_k(run: Any) -> Any:
-    diagnostics = run.get("diagnostics") if isinstance(run, dict) else None
+def _top_k(run: Mapping[str, Any]) -> Any:
+    diagnostics = run.get("diagnostics")
     given = diagnostics.get("top_k") if isinstance(diagnostics, dict) else None
     return DiagnosticsConfig().top_k if given is None else given
 

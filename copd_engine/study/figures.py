@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import matplotlib as mpl
 import numpy as np
@@ -16,7 +16,7 @@ from copd_engine.report.figures import PHASE_COLOR, STYLE, png_bytes
 from copd_engine.report.run import phase_spans
 from copd_engine.study.claims import correlation_note, overlap_and_gain
 from copd_engine.study.config import PILOT, Measure, StepsConfig, StudyConfig, SweepConfig
-from copd_engine.study.results import Results
+from copd_engine.study.results import Results, of_seeds
 from copd_engine.study.statistics import t_interval
 
 LABELS: dict[Measure, str] = {
@@ -46,14 +46,14 @@ def draw_study(study: StudyConfig, results: Results) -> list[Picture]:
             if _draw_steps(ax, steps, results):
                 caption = (
                     f"{_sentence(_label(steps, results))}: mean over pairs of branches and seeds; band: "
-                    "95 % interval over seeds; shaded: phase II."
+                    f"95 % interval over seeds; shaded: phase II.{_curves_of_fewer_seeds(steps, results)}"
                 )
                 pictures.append(_picture(ax, steps.title, caption))
         for sweep in study.sweeps:
             ax = _axes()
             if _draw_sweep(ax, sweep, results):
                 caption = f"Held-out accuracy ({sweep.domain}), mean over seeds; bars: 95 % interval over seeds."
-                pictures.append(_picture(ax, sweep.title, caption))
+                pictures.append(_picture(ax, sweep.title, caption + _points_of_fewer_seeds(sweep, results)))
         for per_headroom in (False, True) if study.pilot is not None else ():
             assert study.pilot is not None
             ax = _axes()
@@ -61,11 +61,25 @@ def draw_study(study: StudyConfig, results: Results) -> list[Picture]:
                 gain = "gain per headroom" if per_headroom else "gain"
                 title = f"Pilot: {gain} from distillation against starting overlap"
                 caption = (
-                    f"Teacher: the {study.pilot.teacher} expert. One point per student and seed. r by seed, t test "
-                    f"of Fisher's z: {correlation_note(results, per_headroom)}."
+                    f"Teacher: the {study.pilot.teacher} expert. One point per student and seed; lines: least squares "
+                    f"in each seed. What decides is r by seed, t test of Fisher's z: "
+                    f"{correlation_note(results, per_headroom)}."
                 )
                 pictures.append(_picture(ax, title, caption))
-    return pictures
+    return _with_keys(pictures)
+
+
+def _with_keys(pictures: Sequence[Picture]) -> list[Picture]:
+    """File names out of the titles: lower case ASCII, with a number where that leaves two the same, or nothing."""
+    named: dict[str, Picture] = {}
+    for picture in pictures:
+        key = slug = re.sub(r"[^a-z0-9]+", "-", picture.title.lower()).strip("-") or "figure"
+        number = 1
+        while key in named:
+            number += 1
+            key = f"{slug}-{number}"
+        named[key] = replace(picture, key=key)
+    return list(named.values())
 
 
 def _axes() -> Axes:
@@ -78,7 +92,7 @@ def _picture(ax: Axes, title: str, caption: str) -> Picture:
         ax.legend()
     figure = ax.figure
     assert isinstance(figure, Figure)
-    return Picture(re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"), title, caption, png_bytes(figure, dpi=140))
+    return Picture("", title, caption, png_bytes(figure, dpi=140))
 
 
 def _label(config: StepsConfig, results: Results) -> str:
@@ -130,7 +144,7 @@ def _draw_sweep(ax: Axes, config: SweepConfig, results: Results) -> bool:
         drawn = True
         intervals = [t_interval(values) for values in found.values()]
         means = [100 * i.value for i in intervals]
-        errors = np.nan_to_num([50 * (i.high - i.low) for i in intervals])
+        errors = [50 * (i.high - i.low) for i in intervals]  # NaN, of one seed, is no bar
         # Settings at equal distances, whatever their numbers; lines side by side, so that their bars can be told apart.
         x = [settings.index(setting) + 0.06 * (index - (len(config.lines) - 1) / 2) for setting in found]
         color = BRANCH_COLORS[index % len(BRANCH_COLORS)]
@@ -140,24 +154,45 @@ def _draw_sweep(ax: Axes, config: SweepConfig, results: Results) -> bool:
     return drawn
 
 
+def _curves_of_fewer_seeds(config: StepsConfig, results: Results) -> str:
+    counts = {
+        label: sum(bool(results.curve(variant, config.measure, seed)) for seed in results.seeds)
+        for label, variant in config.lines.items()
+    }
+    return _of_fewer_seeds(counts, results)
+
+
+def _points_of_fewer_seeds(config: SweepConfig, results: Results) -> str:
+    counts = {
+        f"{label} at {setting:g}": len(results.accuracies(model, config.domain))
+        for label, line in config.lines.items()
+        for setting, model in sorted(line.items())
+    }
+    return _of_fewer_seeds(counts, results)
+
+
+def _of_fewer_seeds(counts: Mapping[str, int], results: Results) -> str:
+    few = [label + text for label, n in counts.items() if (text := of_seeds(n, len(results.seeds)))]
+    return f" Not of all seeds: {', '.join(few)}." if few else ""
+
+
 def _draw_pilot(ax: Axes, results: Results, per_headroom: bool) -> bool:
-    seeds = [seed for seed in results.seeds if (PILOT, seed) in results.finished]
-    all_x: list[float] = []
-    all_y: list[float] = []
-    for index, seed in enumerate(seeds):
-        x, y = overlap_and_gain(results, [seed], per_headroom)
-        all_x, all_y = all_x + x, all_y + [100 * gain for gain in y]
+    drawn = False
+    for index, seed in enumerate(seed for seed in results.seeds if (PILOT, seed) in results.finished):
+        x, gains = overlap_and_gain(results, [seed], per_headroom)
+        y = [100 * gain for gain in gains]
         color, marker = BRANCH_COLORS[index % len(BRANCH_COLORS)], MARKERS[index % len(MARKERS)]
-        ax.scatter(x, [100 * gain for gain in y], color=color, marker=marker, s=24, label=f"seed {seed}")
-    _draw_fit(ax, all_x, all_y)
+        ax.scatter(x, y, color=color, marker=marker, s=24, label=f"seed {seed}")
+        _draw_fit(ax, x, y, color)
+        drawn = drawn or bool(x)
     ylabel = "gain in accuracy (% of the headroom)" if per_headroom else "gain in accuracy (points)"
     k = results.top_k(PILOT)
     ax.set(xlabel=f"top-k overlap before distillation, k = {k}", ylabel=ylabel)
-    return bool(all_x)
+    return drawn
 
 
-def _draw_fit(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+def _draw_fit(ax: Axes, x: Sequence[float], y: Sequence[float], color: str) -> None:
     if len(x) > 2 and np.ptp(x) > 0:
         slope, intercept = np.polyfit(x, y, 1)
         ends = np.array([min(x), max(x)])
-        ax.plot(ends, slope * ends + intercept, color="#888888", linestyle="--", linewidth=1)
+        ax.plot(ends, slope * ends + intercept, color=color, linewidth=1, alpha=0.6)

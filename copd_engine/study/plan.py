@@ -18,6 +18,11 @@ from copd_engine.types import UserError, suggest
 
 STUDY = "study.json"
 GENERATED = ("testbed", "reasoning_gym")
+#: reasoning-gym draws question i from seed + i: seeds of a study stand so far apart, or they would be shifted copies of
+#: each other, and below what its held-out and validation questions add to a seed (2**30 and 2**29).
+GYM_SPACING, GYM_LIMIT = 2**20, 2**29
+#: What may differ between two starts of one study.
+FREE = {"name", "output_dir", "processes"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ def units_of(study: StudyConfig, fast: bool = False) -> list[Unit]:
             units.append(Unit(name, seed, folder / name, config, variant.needs))
         if study.pilot is not None:
             config = next(u.config for u in units if (u.seed, u.variant) == (seed, study.pilot.experts))
+            if config.model.lora is not None:
+                raise UserError(
+                    "pilot: its students stand between whole models and all of their weights are trained, which is "
+                    f"another training than that of variant {study.pilot.experts!r} under model.lora; leave one out"
+                )
             for branch in (study.pilot.teacher, *study.pilot.students):
                 if branch not in config.branch_names:
                     raise UserError(f"pilot: no branch of variant {study.pilot.experts!r} is named {branch!r}")
@@ -87,6 +97,8 @@ def run_config(study: StudyConfig, name: str, seed: int, fast: bool = False) -> 
         method = data.get("method")
         if method not in ("static_opd", "mopd"):
             raise UserError(f"{where}.experts: only static_opd and mopd take experts, its method is {method!r}")
+        if isinstance(model := data.get("model"), dict) and model.get("lora") is not None:
+            raise UserError(f"{where}.experts: under model.lora a run has no adapters to go on with; leave it out")
         data = merged(data, {method: {"experts": str(folder / variant.experts)}})
     return build_config(data, where)
 
@@ -103,16 +115,22 @@ def merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def _with_seed(branch: dict[str, Any], seed: int) -> dict[str, Any]:
     """Generated prompts are drawn anew for every seed, so that an interval over seeds covers the choice of prompts."""
-
-    def seeded(source: dict[str, Any]) -> dict[str, Any]:
-        if source.get("source", "testbed") in GENERATED:
-            return {**source, "seed": int(source.get("seed", 0)) + seed}
-        return source
-
-    data = seeded(dict(branch.get("data") or {}))
+    data = _seeded(dict(branch.get("data") or {}), seed)
     if isinstance(data.get("sources"), list):
-        data["sources"] = [seeded(source) if isinstance(source, dict) else source for source in data["sources"]]
+        data["sources"] = [_seeded(source, seed) if isinstance(source, dict) else source for source in data["sources"]]
     return {**branch, "data": data}
+
+
+def _seeded(source: dict[str, Any], seed: int) -> dict[str, Any]:
+    kind, own = source.get("source", "testbed"), int(source.get("seed", 0))
+    if kind == "reasoning_gym":
+        if own + (seed + 1) * GYM_SPACING > GYM_LIMIT:
+            raise UserError(
+                f"seeds: {seed} is too large: with source reasoning_gym data.seed + seed * {GYM_SPACING} must not pass "
+                f"{GYM_LIMIT - GYM_SPACING} (data.seed is {own})"
+            )
+        return {**source, "seed": own + seed * GYM_SPACING}
+    return {**source, "seed": own + seed} if kind in GENERATED else source
 
 
 # The folder
@@ -120,8 +138,15 @@ def _with_seed(branch: dict[str, Any], seed: int) -> dict[str, Any]:
 
 def fingerprint(study: StudyConfig, fast: bool = False) -> str:
     """SHA-256 of everything in the config that could change a number or a claim."""
-    config = study.model_dump(mode="json", exclude={"name", "output_dir", "processes"}) | {"is_fast": fast}
+    config = study.model_dump(mode="json", exclude=FREE) | {"is_fast": fast}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(known: dict[str, Any], study: StudyConfig) -> str:
+    """The first one; two configs that are the same differ in ``--fast``."""
+    old = {key: value for key, value in known.items() if key not in FREE}
+    found = run_folder.difference(old, study.model_dump(mode="json", exclude=FREE)) or "with or without --fast"
+    return found if len(found) <= 300 else f"{found[:297]}..."
 
 
 def claim_folder(study: StudyConfig, fast: bool = False) -> Path:
@@ -132,11 +157,12 @@ def claim_folder(study: StudyConfig, fast: bool = False) -> Path:
     root = study_dir_of(study)
     file, sha256 = root / STUDY, fingerprint(study, fast)
     if file.is_file():
-        known = json.loads(file.read_text())["sha256"]
-        if known != sha256:
+        known = json.loads(file.read_text())
+        if known["sha256"] != sha256:
             raise UserError(
-                f"{root} holds a study with another config (sha256 {known[:12]}, this one {sha256[:12]}): its claims "
-                "and settings were fixed before its seeds were run; choose another name=..., or remove the folder"
+                f"{root} holds a study with another config ({_difference(known['config'], study)}; sha256 "
+                f"{known['sha256'][:12]}, this one {sha256[:12]}): its claims and settings were fixed before its seeds "
+                "were run; choose another name=..., or remove the folder"
             )
         return root
     # A kill between the two writes leaves the file written aside.

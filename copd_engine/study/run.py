@@ -18,7 +18,7 @@ from tqdm import tqdm
 from copd_engine.metrics import read_jsonl
 from copd_engine.study.config import PILOT, StudyConfig
 from copd_engine.study.plan import STUDY, Unit, claim_folder, units_of
-from copd_engine.study.worker import Job, Outcome, Worker
+from copd_engine.study.worker import Job, Outcome, Worker, gpu_share, visible_gpus
 from copd_engine.types import UserError
 
 TIMES, SESSIONS = "times.jsonl", "sessions.jsonl"
@@ -38,14 +38,18 @@ def run_study(study: StudyConfig, command: str = "", fast: bool = False) -> dict
         bar = tqdm(total=len(units), initial=len(units) - len(todo), desc=study.name, unit="unit", dynamic_ncols=True)
         stack.callback(bar.close)
         session = stack.enter_context(_session(root)) if todo else ""
-        workers = [Worker.start() for _ in range(min(study.processes, len(todo)))]
+        workers: list[Worker] = []
         stack.callback(_stop, workers)
+        devices, num_processes = visible_gpus(), min(study.processes, len(todo))
+        workers.extend(Worker.start(gpu_share(devices, num_processes, index)) for index in range(num_processes))
         return _Scheduler(study, units, todo, root, command, bar, session).run(workers)
 
 
 def _stop(workers: list[Worker]) -> None:
     for worker in workers:
         worker.stop()
+    for worker in workers:
+        worker.process.join()
 
 
 class _Scheduler:
@@ -81,23 +85,31 @@ class _Scheduler:
                 return self._errors
             ready = wait([worker.connection for worker in busy])
             for worker in busy:
-                if worker.connection in ready:
-                    self._take(worker)
-                    if not worker.process.is_alive():
-                        workers[workers.index(worker)] = Worker.start()
+                if worker.connection in ready and not self._take(worker):
+                    # A broken CUDA context would fail every unit after it, an engine left open would keep its memory.
+                    worker.end()
+                    workers.remove(worker)
+                    if self._todo:
+                        workers.append(Worker.start(worker.gpus))
 
     def _next(self) -> Unit | None:
         """The first unit whose needs are met, out of the list; those of which one failed leave it as failed."""
-        for unit in list(self._todo):
-            needs = [f"seed-{unit.seed}/{name}" for name in unit.needs]
-            failed = next((need for need in needs if need in self._errors), None)
-            if failed is not None:
-                self._todo.remove(unit)
-                self._fail(unit, f"it needs {failed}, which failed")
-            elif self._finished.issuperset(needs):
+        while self._drop_one():  # what it fails may be needed by one that stands before it
+            pass
+        for unit in self._todo:
+            if self._finished.issuperset(_needs(unit)):
                 self._todo.remove(unit)
                 return unit
         return None
+
+    def _drop_one(self) -> bool:
+        for unit in self._todo:
+            failed = next((need for need in _needs(unit) if need in self._errors), None)
+            if failed is not None:
+                self._todo.remove(unit)
+                self._fail(unit, f"it needs {failed}, which failed")
+                return True
+        return False
 
     def _job(self, unit: Unit) -> Job:
         pilot = self._study.pilot if unit.variant == PILOT else None
@@ -107,7 +119,8 @@ class _Scheduler:
     def _log_of(self, unit: Unit) -> Path:
         return self._root / "logs" / f"{unit.name.replace('/', '-')}.txt"
 
-    def _take(self, worker: Worker) -> None:
+    def _take(self, worker: Worker) -> bool:
+        """Whether the unit finished."""
         job = worker.job
         assert job is not None
         unit, outcome = job.unit, worker.outcome()
@@ -123,12 +136,13 @@ class _Scheduler:
         _append(self._root / TIMES, line)
         if outcome.error is not None:
             self._fail(unit, outcome.error)
-            return
+            return False
         self._finished.add(unit.name)
         self._times.setdefault(unit.variant, []).append(outcome.wall_s)
         self._bar.update()
         left = self._seconds_left()
         self._bar.write(f"{unit.name}: finished in {outcome.wall_s:.0f} s; about {left / 60:.0f} min left")
+        return True
 
     def _fail(self, unit: Unit, error: str) -> None:
         self._errors[unit.name] = error
@@ -141,6 +155,10 @@ class _Scheduler:
         known = {variant: sum(values) / len(values) for variant, values in self._times.items()}
         left = sum(known.get(unit.variant, mean) for unit in self._todo)
         return left / self._num_processes + mean / 2  # those being trained are half done on average
+
+
+def _needs(unit: Unit) -> list[str]:
+    return [f"seed-{unit.seed}/{name}" for name in unit.needs]
 
 
 def times_of(root: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,10 @@ import numpy as np
 from scipy import stats
 
 Verdict = Literal["holds", "does not hold", "not decided"]
+#: With two seeds t has one degree of freedom: where they happen to agree, their interval is narrow by chance.
+MIN_SEEDS = 3
+#: Of numbers that are no counts: below it are only the rounding errors of fp64 sums.
+ROUNDING = 1e-9
 
 
 class Interval(NamedTuple):
@@ -40,6 +44,16 @@ def verdict(interval: Interval) -> Verdict:
     if interval.low > 0:
         return "holds"
     return "does not hold" if interval.high < 0 else "not decided"
+
+
+def can_decide(values: Sequence[float], resolution: float = ROUNDING) -> bool:
+    """Whether one number per seed says how far seeds differ: three or more of them, which are not all the same.
+
+    ``resolution``: the step in which the number is counted, one prompt of an accuracy. Seeds that give equal counts
+    differ by less than one step, but not by nothing: the standard error comes out as 0, and the interval would be
+    certain of a difference of a single prompt, or of rounding errors. Equal is what lies within a tenth of a step.
+    """
+    return len(values) >= MIN_SEEDS and max(values) - min(values) > max(resolution / 10, ROUNDING)
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 
 from copd_engine.study.claims import Measured, Outcome
 from copd_engine.study.config import TableConfig
-from copd_engine.study.results import Results
-from copd_engine.study.statistics import Interval, t_interval
+from copd_engine.study.results import PilotPoint, Results, of_seeds
+from copd_engine.study.statistics import MIN_SEEDS, Interval, t_interval
 
 OUTCOMES: tuple[Outcome, ...] = ("holds", "does not hold", "not decided", "missing")
 MINUS = "\N{MINUS SIGN}"
@@ -40,17 +40,23 @@ def claims_table(claims: list[Measured]) -> Table:
 
 def claims_note(claims: list[Measured]) -> str:
     """How many claims were tested, how many were decided, and what testing so many means."""
-    count = {outcome: sum(m.outcome == outcome for m in claims) for outcome in OUTCOMES}
+    tested = [m for m in claims if m.is_tested]
+    count = {outcome: sum(m.outcome == outcome for m in tested) for outcome in OUTCOMES}
     outcomes = f"{count['holds']} hold, {count['does not hold']} do not hold, {count['not decided']} are not decided"
-    missing = f", {count['missing']} are missing" if count["missing"] else ""
+    missing = sum(m.outcome == "missing" for m in claims)
+    waiting = len(claims) - len(tested) - missing
+    others = f"; {waiting} others have numbers of too few seeds" if waiting else ""
+    others += f", {missing} are missing" if missing else ""
     survive = sum(m.survives_correction for m in claims)
     corrected = 100 * (1 - 0.05 / max(1, len(claims)))
+    of_all = f"{len(tested)} of {len(claims)}" if len(tested) < len(claims) else f"{len(claims)}"
     return (
-        f"{len(claims)} claims were tested: {outcomes}{missing}. A claim holds if its whole 95 % interval over seeds "
-        "(Student's t) is above 0, and does not hold if all of it is below. With that many claims about "
-        f"{0.05 * len(claims):.1f} would be decided by chance if nothing were true; of the "
+        f"{of_all} claims were tested: {outcomes}{others}. A claim holds if its whole 95 % interval over seeds "
+        "(Student's t) is above 0, and does not hold if all of it is below; with fewer than "
+        f"{MIN_SEEDS} seeds, while a seed has no number, and where all seeds give the same number, it is not decided. "
+        f"With that many claims about {0.05 * len(tested):.1f} would be decided by chance if nothing were true; of the "
         f"{count['holds'] + count['does not hold']} decided ones {survive} (marked *) stay so with intervals at "
-        f"{corrected:.2f} % (Bonferroni)."
+        f"{corrected:.2f} % (Bonferroni, for {len(claims)} claims)."
     )
 
 
@@ -79,7 +85,7 @@ def _measured(m: Measured) -> str:
     if m.interval is None:
         return "-"
     bounds = "[one seed]" if len(m.by_seed) == 1 else _bounds(m, m.interval.low, m.interval.high)
-    return f"{_number(m, m.interval.value)} {bounds}"
+    return f"{_number(m, m.interval.value)} {bounds}{of_seeds(len(m.by_seed), m.num_seeds)}"
 
 
 def _bounds(m: Measured, low: float, high: float) -> str:
@@ -91,7 +97,9 @@ def _prompts(m: Measured) -> str:
 
 
 def _seeds(m: Measured) -> str:
-    return ", ".join(_number(m, value) for value in m.by_seed.values()) or "-"
+    """In the order of the seeds, which are named where some are missing."""
+    names = {seed: "" if m.is_complete else f"seed {seed}: " for seed in m.by_seed}
+    return ", ".join(names[seed] + _number(m, value) for seed, value in m.by_seed.items()) or "-"
 
 
 def _outcome(m: Measured) -> str:
@@ -103,7 +111,8 @@ def accuracy_table(table: TableConfig, results: Results) -> Table:
     domains = results.domains(list(table.rows.values()))
     rows = []
     for label, model in table.rows.items():
-        cells = [label]
+        num_found = len(_rows(model, results))
+        cells = [label + (of_seeds(num_found, len(results.seeds)) if num_found else "")]
         for domain in domains:
             # A model of some branches only, such as an expert of its own domain, has the domains of its run.
             found = [row["accuracy"].get(domain) for row in _rows(model, results)]
@@ -114,6 +123,9 @@ def accuracy_table(table: TableConfig, results: Results) -> Table:
         "Accuracy in %, mean over seeds ± half of its 95 % interval (Student's t). Steps, rollouts and FLOPs of "
         "training: of all models that went into it, mean over seeds."
     )
+    alone = [label for label, model in table.rows.items() if model.partition("/")[2].startswith("branch:")]
+    if alone:
+        note += f" Of a branch alone ({'; '.join(alone)}) they are its own, without those of its teachers."
     return Table(table.title, ["model", *domains, "steps", "rollouts", "FLOPs"], rows, note)
 
 
@@ -136,30 +148,31 @@ def _spent(model: str, key: str, results: Results) -> str:
 
 def pilot_table(results: Results, seeds: list[int]) -> Table:
     """The points of the pilot, mean over seeds for each student."""
-    points: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for seed in seeds:
-        for point in results.result("pilot", seed)["points"]:
-            points.setdefault((point["student"], point["fraction"]), []).append(point)
+    students: dict[tuple[str, float], list[PilotPoint]] = {}
+    for point in results.pilot_points(seeds):
+        students.setdefault((point.student, point.fraction), []).append(point)
     rows = []
-    for (student, fraction), of_seeds in points.items():
-        mean = {key: sum(p[key] for p in of_seeds) / len(of_seeds) for key in of_seeds[0] if key != "student"}
-        accuracies = [f"{100 * mean[key]:.1f}" for key in ("before", "after")]
-        gain = _percent(t_interval([p["gain"] for p in of_seeds]))
-        below = [p for p in of_seeds if p["before"] < p["teacher_accuracy"]]
-        shares = [p["gain"] / (p["teacher_accuracy"] - p["before"]) for p in below]
-        share = _percent(t_interval(shares)) if shares else "-"
-        distances = [f"{mean[key]:.3f}" for key in ("overlap", "sum_min", "symmetric_kl")]
-        rows.append([f"{fraction:g} of the way to the {student} expert", *distances, *accuracies, gain, share])
+    for (student, fraction), points in students.items():
+        label = f"{fraction:g} of the way to the {student} expert{of_seeds(len(points), len(results.seeds))}"
+        distances = [_mean(points, key, "{:.3f}") for key in ("overlap", "sum_min", "symmetric_kl")]
+        accuracies = [_mean(points, key, "{:.1f}", 100) for key in ("before", "after")]
+        gain = [_percent(t_interval([p.gain for p in points])), _mean(points, "gain_stderr", "{:.1f}", 100)]
+        shares = [p.gain / p.headroom for p in points if p.has_headroom]
+        share = _percent(t_interval(shares)) + of_seeds(len(shares), len(points)) if shares else "-"
+        rows.append([label, *distances, *accuracies, *gain, share])
     k = f"k = {results.top_k('pilot')}"
-    columns = ["student", f"overlap, {k}", "Σ min(p, q)", "symmetric KL", "before", "after", "gain", "of the headroom"]
-    teacher = t_interval([points["teacher_accuracy"] for points in _first_points(results, seeds)])
+    columns = ["student", f"overlap, {k}", "Σ min(p, q)", "symmetric KL", "before", "after", "gain", "s.e. of one gain"]
+    # The points of a seed share their teacher.
+    teacher = t_interval([results.pilot_points([seed])[0].teacher_accuracy for seed in seeds])
     note = (
-        "Distance to the teacher at the start, on the student's states; accuracy on the teacher's domain in %, that of "
-        f"the teacher is {_percent(teacher)}. Headroom: what the teacher is above the student before."
+        "Distance to the teacher at the start, on the student's responses to all test prompts of the teacher's domain; "
+        f"accuracy there in %, that of the teacher is {_percent(teacher)}. Gain: mean over seeds ± half of its 95 % "
+        "interval; beside it the standard error of a single seed's gain by the choice of prompts, as if before and "
+        "after were measured on different ones. Headroom: what the teacher is above the student before; seeds in which "
+        "that is at most two such standard errors are left out of it."
     )
-    return Table("Pilot: students", columns, rows, note)
+    return Table("Pilot: students", [*columns, "of the headroom"], rows, note)
 
 
-def _first_points(results: Results, seeds: list[int]) -> list[dict[str, Any]]:
-    """One point of each seed: they share their teacher."""
-    return [results.result("pilot", seed)["points"][0] for seed in seeds]
+def _mean(points: list[PilotPoint], key: str, form: str, factor: float = 1.0) -> str:
+    return form.format(factor * sum(getattr(p, key) for p in points) / len(points))
