@@ -26,12 +26,14 @@ MISSING_SECONDS, MISSING_SHARE = 0.25, 0.02
 class VideoIndex:
     """When each frame is shown: ``pts`` sorted, in units of ``time_base`` seconds; ``keys`` those of key frames;
     ``length`` from the first frame to the end of the last, in seconds. Old containers (AVI) do not say when frames of
-    a reordering codec are shown: then ``counted``, and ``pts`` is the frame's number in units of the frame rate."""
+    a reordering codec are shown: then ``counted``, and ``pts`` is the frame's number in units of the frame rate.
+    ``file_pts``: ``pts`` of the whole file, of which this may be a part."""
 
     pts: list[int]
     keys: list[int]
     time_base: float
     length: float
+    file_pts: list[int]
     counted: bool = False
 
     def seconds(self, pts: int) -> float:
@@ -98,7 +100,7 @@ def read_index(path: Path, where: str) -> VideoIndex:
         raise UserError(f"{where}: {path} is cut off: it holds {end * base:.1f} of {promised:.1f} s")
     if path.suffix.lower() == ".gif" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
         raise UserError(f"{where}: {path} is cut off: a GIF ends with ';'")
-    return VideoIndex(shown, sorted(keys), base, (end - shown[0]) * base, counted)
+    return VideoIndex(shown, sorted(keys), base, (end - shown[0]) * base, shown, counted)
 
 
 def _promised_seconds(stream: Any) -> float:
@@ -115,10 +117,11 @@ def decode_frames(path: Path, index: VideoIndex, wanted: Sequence[int], where: s
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         frames = enumerate(container.decode(stream))
-        at = index.pts[0] - 1  # everything up to here is decoded
+        at = index.file_pts[0] - 1  # everything up to here is decoded
         for pts in wanted:
             key = index.keys[bisect_right(index.keys, pts) - 1] if index.keys and index.keys[0] <= pts else None
-            if key is not None and bisect_right(index.pts, key) - bisect_right(index.pts, at) > MIN_JUMP_FRAMES:
+            skipped = 0 if key is None else bisect_right(index.file_pts, key) - bisect_right(index.file_pts, at)
+            if key is not None and skipped > MIN_JUMP_FRAMES:
                 container.seek(key, stream=stream)
                 frames = enumerate(container.decode(stream))
             for number, frame in frames:

@@ -30,6 +30,7 @@ class Case:
     num_videos: int = 0
     choices: dict[str, str] | None = None
     group: str | None = None
+    together: str | None = None
 
 
 CASES: dict[str, Case] = {}

@@ -1,4 +1,4 @@
-"""Tiny files of the benchmarks with the column names of their own."""
+"""Tiny files of the benchmarks with the column names of their own, and what reading them gives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import pytest
 from PIL import Image
 
+from copd_engine.data.benchmarks import read_benchmark
+from copd_engine.types import Example, UserError
 from tests.video_files import write_video
 
 
@@ -60,3 +63,13 @@ def mmmu_row(number: int, **changes: Any) -> dict[str, Any]:
         "subfield": "Animals",
         **changes,
     }
+
+
+def read(name: str, path: Path, group: str | None = None) -> list[Example]:
+    return list(read_benchmark(name, path, group))
+
+
+def error_of(name: str, path: Path | str, group: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        read_benchmark(name, path, group)
+    return str(caught.value)

@@ -114,16 +114,33 @@ CASES["videomathqa"] = Case(
     choices={"A": "0", "B": "1", "C": "2", "D": "3", "E": "4"},
     group="Chart",
 )
+
+
+def video_math_qa_pairs(folder: Path) -> Path:
+    """Question 1 as two pairs, its answer beside another option each; question 2 as one."""
+    video(folder / "videos/v1.mp4")
+    row = {"videoID": "v1", "category": "Chart", "question": "How many?", "steps": "", "length": "short"}
+    return parquet(
+        folder / "multi_binary/test-00000-of-00001.parquet",
+        [
+            {**row, "question_id": 1, "options": ["A. 3", "B. 4"], "answer": "A"},
+            {**row, "question_id": 1, "options": ["A. 5", "B. 3"], "answer": "B"},
+            {**row, "question_id": 2, "options": ["A. 2.5", "B. 25"], "answer": "A"},
+        ],
+    )
+
+
 CASES["videomathqa_mbin"] = Case(
-    video_math_qa,
-    CASES["videomathqa"].prompt,
-    "D",
+    video_math_qa_pairs,
+    "How many?\nOptions:\nA. 3\nB. 4" + LETTER,
+    "A",
     "multiple_choice",
     "test-00000-of-00001.parquet:1",
-    (r"\boxed{D}",),
-    (r"\boxed{A}",),
-    (r"\boxed{A}", r"\boxed{B}"),
+    (r"\boxed{A}", r"\boxed{3}"),
+    (r"\boxed{B}",),
+    (r"\boxed{B}", r"\boxed{A}"),
     num_videos=1,
-    choices=CASES["videomathqa"].choices,
+    choices={"A": "3", "B": "4"},
     group="Chart",
+    together="1",
 )

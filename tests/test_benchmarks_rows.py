@@ -1,8 +1,7 @@
-"""What is odd in single benchmarks, the files they come in, and what is wrong in them."""
+"""Options however they are stored, and what is odd in single benchmarks."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from copd_engine.config import MediaConfig
-from copd_engine.data.benchmarks import read_benchmark
 from copd_engine.data.benchmarks.questions import labelled, options_of
 from copd_engine.media import check_video, open_image, open_video
 from copd_engine.types import Clip, Example, UserError
 from copd_engine.verifiers import verify_all
 from tests.benchmark_cases import math_verse, math_vista
-from tests.benchmark_files import dump, dump_lines, mmmu_row, parquet, png, video
+from tests.benchmark_files import dump, error_of, mmmu_row, parquet, png, read, video
 from tests.video_files import numbers
-
-
-def read(name: str, path: Path, group: str | None = None) -> list[Example]:
-    return list(read_benchmark(name, path, group))
-
-
-def error_of(name: str, path: Path | str, group: str | None = None) -> str:
-    with pytest.raises(UserError) as caught:
-        read_benchmark(name, path, group)
-    return str(caught.value)
 
 
 def values(example: Example) -> list[int]:
@@ -121,6 +109,18 @@ def test_open_questions_with_several_golds(tmp_path: Path):
         ("A+", r"\boxed{a+}", r"\boxed{A-}"),
         ("post-war (Berlin)", r"\boxed{Post-war, Berlin}", r"\boxed{war, Berlin}"),
         (r"\sqrt{3", r"The answer is \sqrt{3", r"\boxed{3}"),
+        ("10-20", r"\boxed{10-20}", r"\boxed{-10}"),
+        ("3-1", r"\boxed{3-1}", r"\boxed{2}"),
+        ("2021-05-03", r"\boxed{2021-05-03}", r"\boxed{2013}"),
+        ("12/25/2020", r"\boxed{12/25/2020}", r"\boxed{24/50/2020}"),
+        ("3/4", r"\boxed{0.75}", r"\boxed{4/3}"),
+        ("1.5/2", r"\boxed{0.75}", r"\boxed{4/3}"),
+        ("x-1", r"\boxed{-1 + x}", r"\boxed{x}"),
+        ("C", r"\boxed{(C)}", r"\boxed{B}"),
+        ("C", "The answer is C. It is the largest.", r"\boxed{c d}"),
+        ("[0, 1]", r"\boxed{[0,1]}", r"\boxed{0}"),
+        ("[a b]", r"\boxed{[a b]}", r"\boxed{a}"),
+        ("['C', 'carbon']", r"\boxed{(C)}", r"\boxed{H}"),
     ],
 )
 def test_open_questions(tmp_path: Path, gold: str, right: str, wrong: str):
@@ -219,6 +219,13 @@ def test_parts_that_are_cut_already_are_not_cut_again(tmp_path: Path):
     assert read("mvbench", path)[0].videos == (cut,)
 
 
+def test_only_the_video_s_own_folder_says_that_it_is_cut(tmp_path: Path):
+    root = tmp_path / "my_segment"
+    whole = video(root / "video/star/Charades_v1_480/Z.mp4")
+    path = mvbench(root, "action_prediction", video="Z.mp4", start=0.5, end=1.5)
+    assert read("mvbench", path)[0].videos == (Clip(whole, 0.5, 1.5),)
+
+
 def test_tasks_without_bounds_take_the_whole_video(tmp_path: Path):
     whole = video(tmp_path / "perception/videos/v.mp4")
     path = mvbench(tmp_path, "state_change", video="v.mp4", start=0.1, end=0.2)
@@ -253,81 +260,3 @@ def test_frames_of_a_part(tmp_path: Path):
             open_video(Clip(path, start, end), 2.0, media, "video")
     with pytest.raises(UserError, match=r"no\.mp4 does not exist"):
         check_video(Clip(tmp_path / "no.mp4", 0.0, 1.0), "row")
-
-
-# Files
-
-
-def test_folders_and_patterns(tmp_path: Path):
-    for subject in ("Art", "Math"):
-        parquet(tmp_path / subject / "validation-00000-of-00001.parquet", [mmmu_row(1, id=f"validation_{subject}_1")])
-        parquet(tmp_path / subject / "dev-00000-of-00001.parquet", [mmmu_row(1, id=f"dev_{subject}_1")])
-    found = read("mmmu", tmp_path / "*/validation-*.parquet")
-    assert [example.uid for example in found] == ["validation_Art_1", "validation_Math_1"]
-    assert len(read("mmmu", tmp_path / "Art")) == 2
-
-
-def test_slices_read_the_same_rows(tmp_path: Path):
-    examples = read_benchmark(
-        "minerva", dump_lines(tmp_path / "a.jsonl", [{"question": f"q{i}", "answer": i} for i in range(5)])
-    )
-    assert [example.answer for example in examples[1:3]] == ["1", "2"]
-    assert len(examples[:100]) == 5
-
-
-AIME = {"id": 1, "problem": "p", "answer": "5"}
-OPEN = {"id": 1, "question_type": "open-ended", "question": "", "choices": 0, "answer": "", "video": ""}
-MVBENCH = {"video": "v", "question": "q", "candidates": ["x"], "answer": "x"}
-WEMATH = {"ID": 1, "key": 1, "question": "q", "option": "A. x; B. y", "answer": "A", "image_path": 7}
-VISTA = {"pid": 1, "question": 1, "choices": 1, "precision": 1, "image": "i.png", "question_type": "free_form"}
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "message"),
-    [
-        (
-            "aime_2024",
-            [{"problem": "p", "solution": "s"}],
-            "no column 'answer': aime_2024 expects problem or Problem or question, answer or Answer; "
-            "found problem, solution",
-        ),
-        ("aime_2024", [AIME, AIME], ":2: '1' is already the name of"),
-        ("aime_2024", [{**AIME, "answer": ""}], "prompt '1'"),
-        ("aime_2024", [], "must be a list of rows, with at least one"),
-        ("aime_2024", ["p"], "no column 'problem'"),
-        ("mmvu", [OPEN], "has no rows"),
-        (
-            "video_holmes",
-            [{"video ID": "x", "Question ID": 1, "Question": "q", "Options": {"A": "a"}, "Answer": "Z"}],
-            ":1: answer = 'Z': is none of the options A",
-        ),
-        (
-            "video_holmes",
-            [{"video ID": "x", "Question ID": 1, "Question": "q", "Options": {"A": "a"}, "Answer": "A"}],
-            "x.mp4 does not exist",
-        ),
-        ("mvbench", [MVBENCH], "no task of MVBench is called 'rows'"),
-        ("wemath", [WEMATH], "an image must be"),
-        ("mmmu", [mmmu_row(1, options="['a'", image_1="i.png")], "must be a Python list"),
-        (
-            "mathvista",
-            [VISTA | {"answer": 1, "answer_type": "odd"}],
-            ":1: not a row of MathVista: KeyError: 'odd'",
-        ),
-    ],
-)
-def test_errors(tmp_path: Path, name: str, rows: Any, message: str):
-    path = dump(tmp_path / "rows.json", rows)
-    error = error_of(name, path)
-    assert message in error
-    assert str(tmp_path) in error
-
-
-def test_other_errors(tmp_path: Path):
-    assert error_of("aime_2026", "x").startswith("unknown benchmark 'aime_2026' (did you mean 'aime_202")
-    assert error_of("mmmu", tmp_path / "no.parquet") == f"mmmu: {tmp_path}/no.parquet does not exist"
-    assert error_of("mmmu", tmp_path) == f"mmmu: {tmp_path} holds no data files"
-    (tmp_path / "a.json").write_text("{")
-    assert re.match(r"mmmu: .*a\.json cannot be read: Expecting", error_of("mmmu", tmp_path / "a.json"))
-    (tmp_path / "a.txt").write_text("x")
-    assert "the name must end in .parquet, .jsonl, .json, .tsv" in error_of("mmmu", tmp_path / "a.txt")

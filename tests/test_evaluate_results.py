@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from copd_engine.evaluation.results import BenchmarkScores, averages, collect, differences
+from copd_engine.evaluation.results import BenchmarkScores, averages, collect, differences, unpaired
+from copd_engine.evaluation.scores import majority_score
 from copd_engine.evaluation.table import markdown
 from copd_engine.types import Example
+from copd_engine.verifiers import verify_all
+from copd_engine.verifiers.alternatives import ALTERNATIVES
 from copd_engine.verifiers.vote import extracted_answer
 
 IMAGE = ("mmmu", "mmmu_pro", "mathvista", "mathvision", "zerobench", "wemath", "mathverse")
@@ -74,6 +78,16 @@ def test_collect_and_its_numbers():
         "hard": {"mean": 0.25, "num_prompts": 1},
     }
     assert (numbers["truncated"], numbers["mean_num_tokens"], numbers["num_samples"]) == (1 / 8, 10, 4)
+    assert numbers["verifier_failures"] == {}
+
+
+def test_failures_of_verifiers_are_counted_and_shown():
+    failed = {"verifier_failures": {"timeouts": 1, "out_of_memory": 0, "crashes": 0}}
+    prompts = [("a", [record(0, "7") | failed, record(1, "8")]), ("b", [record(0, "1") | failed, record(0, "1")])]
+    found = collect("x", "X", "text", prompts, {}, {})
+    assert found.to_dict(seed=0)["verifier_failures"] == {"timeouts": 2, "out_of_memory": 0, "crashes": 0}
+    table = markdown({"base": [found]}, seed=0)
+    assert table.endswith("\n\nX: comparisons that ended without a result, scored 0: timeouts 2.")
 
 
 def test_prompts_that_count_as_one_are_right_where_all_are():
@@ -95,8 +109,27 @@ def test_differences_are_paired():
     assert {name: x.value for name, x in found.items()} == {"image": 0.25, "text": 0.0, "overall": 0.125}
     assert found["image"].low == 0.0  # never below: no prompt became worse
     assert found["text"] == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="different prompts"):
-        differences(a, b[:1], seed=0)
+    assert differences(a, b[::-1], seed=0) == found  # by name, in whatever order
+    assert unpaired(a, b[::-1]) == []
+
+
+def test_differences_of_what_both_were_asked():
+    """A benchmark of one model alone and prompts of one model alone are left out, and named."""
+    a = [scores("mmmu", "image", [[0], [1], [0], [1]]), scores("minerva", "text", [[0], [0]])]
+    b = [scores("aime_2024", "text", [[1]]), scores("mmmu", "image", [[0], [1], [1]])]
+    b[1] = replace(b[1], units=("mmmu-3", "mmmu-9", "mmmu-2"))
+    found = differences(a, b, seed=0)
+    assert {name: x.value for name, x in found.items()} == {"image": 0.0, "overall": 0.0}  # 3: 1 to 0, 2: 0 to 1
+    assert (found["image"].low, found["image"].high) == (-1.0, 1.0)
+    assert unpaired(a, b) == [("AIME_2024", 0, 1, 0), ("MMMU", 4, 3, 2), ("MINERVA", 2, 0, 0)]
+    table = markdown({"base": a, "copd": b}, seed=0)
+    assert cells(table, "minus base") == ["image", "overall"]
+    assert table.endswith(
+        "Left out of the differences of copd, not of the means above: AIME_2024 (copd alone has it); MMMU but for the "
+        "2 prompts that both were asked (base: 4, copd: 3); MINERVA (base alone has it)."
+    )
+    assert differences(a[1:], b[1:], seed=0) == {}
+    assert "| copd | - |" in markdown({"base": a[1:], "copd": b[1:]}, seed=0)
 
 
 # The table
@@ -157,7 +190,15 @@ def test_a_model_without_a_benchmark_has_no_averages():
         ("numeric", "The answer is 12.", "12"),
         ("numeric", "45%", "45%"),
         ("math", r"\boxed{ X + 1 }", "x + 1"),
-        ("math", "I thought\nfor a while", None),
+        ("numeric", "First 7.\nThen 12 of them.", "12"),
+        ("numeric", r"\boxed{12 \text{ or } 13}", r"12 or 13"),
+        ("math", "I thought\nfor a while", "for while"),
+        ("math", "First 7.\nso it is 12", "12"),
+        ("math", "First 7.\nso it is $x + 1$.", "x + 1"),
+        ("normalized", "I thought.\nIt is the dog.", "it is dog"),
+        ("reasoning_gym_number", "1 and\n12 of them", "12"),
+        ("json_fields", 'Here:\n{"b": 1,\n "a": [2]}\nDone.', '{"a": [2], "b": 1}'),
+        ("json_fields", "none", None),
         ("math", "12", "12"),
         ("math", r"\boxed{-\sqrt{3}}", r"-\sqrt{3}"),
         ("math", r"\boxed{\sqrt{3}}", r"\sqrt{3}"),
@@ -172,3 +213,15 @@ def test_a_model_without_a_benchmark_has_no_averages():
 def test_extracted_answer(verifier: str, response: str, answer: str | None):
     choices = {"choices": {"A": "a cat", "B": "a dog"}} if verifier == "multiple_choice" else {}
     assert extracted_answer(response, Example("1", "?", "B", verifier, metadata=choices)) == answer
+
+
+@pytest.mark.parametrize("verifier", ["numeric", "math", ALTERNATIVES])
+def test_right_and_wrong_responses_vote_by_the_same_rule(verifier: str):
+    """Responses of several lines that mark no answer: one is right, seven are wrong."""
+    ways = {"alternatives": [{"answer": "five", "verifier": "normalized"}, {"answer": "5", "verifier": "numeric"}]}
+    example = Example("1", "?", "5", verifier, metadata=ways if verifier == ALTERNATIVES else {})
+    responses = ["I add.\nso 5", *["I add.\nso 6"] * 6, "I add.\nso it is 6"]
+    rewards = verify_all([(response, example) for response in responses])
+    assert rewards == [1.0] + [0.0] * 7
+    assert majority_score([extracted_answer(response, example) for response in responses], rewards) == 0.0
+    assert extracted_answer(r"\boxed{5.0}", example) == ("5.0" if verifier == "math" else "5")

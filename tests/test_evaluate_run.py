@@ -1,9 +1,10 @@
-"""``copd eval`` and ``copd eval-table``: what is drawn, kept, drawn again and compared."""
+"""``copd eval``: what is drawn, kept and drawn again."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +12,16 @@ import pytest
 
 import copd_engine.evaluation.run as run
 from copd_engine.evaluation.samples import read_samples
-from copd_engine.evaluation.sources import first_units
-from copd_engine.types import Example
-from tests import cli_site
+from copd_engine.verifiers import shared_pool
+from tests import cli_site, evaluation_site
 from tests.benchmark_files import dump_lines, parquet
 from tests.cli_site import Ended, Site
+from tests.evaluation_site import drawn, lines
 from tests.small_run import contents
 
 finished, site, copd = cli_site.finished, cli_site.site, cli_site.copd
+aime, evaluate = evaluation_site.aime, evaluation_site.evaluate
 NUM_SAMPLES = 4
-
-
-@pytest.fixture
-def aime(site: Site) -> str:
-    """Answers 1 and 2 are what the small model gives."""
-    rows = [{"id": i, "problem": f"{i}+{i}=", "answer": str(1 + i % 2)} for i in range(6)]
-    return f"aime_2024={parquet(site.root / 'aime/train.parquet', rows)}"
-
-
-@pytest.fixture
-def evaluate(copd: Callable[..., Ended], aime: str) -> Callable[..., Ended]:
-    def call(*arguments: str, model: str = "base", data: str = aime) -> Ended:
-        return copd("eval", model, "num_threads=1", "--data", data, "--max-new-tokens", "4", *arguments)
-
-    return call
-
-
-def lines(folder: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
-
-
-def drawn(folder: str) -> dict[tuple[str, int], str]:
-    return {(line["uid"], line["sample"]): line["response"] for line in lines(folder)}
 
 
 def test_every_output_is_kept_and_scored(evaluate: Callable[..., Ended], aime: str) -> None:
@@ -55,10 +34,13 @@ def test_every_output_is_kept_and_scored(evaluate: Callable[..., Ended], aime: s
     line = next(line for line in found if (line["uid"], line["sample"]) == ("3", 2))
     assert line.keys() == {
         *("benchmark", "uid", "sample", "seed", "prompt", "response"),
-        *("answer", "gold", "reward", "finish_reason", "num_tokens"),
+        *("answer", "gold", "reward", "finish_reason", "num_tokens", "digest"),
     }
     assert (line["benchmark"], line["gold"]) == ("aime_2024", "2")
     assert line["prompt"].startswith("3+3=\nPlease reason")
+    kept = read_samples(Path("out"))["aime_2024", "3"][2]
+    assert kept.items() <= line.items()
+    assert not {"prompt", "response"} & kept.keys()  # of an evaluation they would fill the memory
     assert all(line["num_tokens"] <= 4 and line["finish_reason"] in ("stop", "length") for line in found)
     assert all(line["reward"] == 1.0 for line in found if line["response"] == line["gold"])
     assert 0 < sum(line["reward"] for line in found) < len(found)
@@ -174,9 +156,68 @@ def test_other_weights_and_other_questions_are_not_mixed(evaluate: Callable[...,
     ended = evaluate("--out", "out")
     assert ended.code == 2
     assert "the samples of aime_2024 '0' are of another prompt or answer than prompt '0' (" in ended.err
+    with (site.root / "base/chat_template.jinja").open("a") as file:
+        file.write("{# another #}")
+    assert "out holds samples of other settings (tokenizer: " in evaluate("--out", "out").err
     Path("other").mkdir()
     Path("other/notes.txt").write_text("mine")
     assert "other exists and holds no evaluation (no settings.json)" in evaluate("--out", "other").err
+
+
+QUESTION: dict[str, Any] = {
+    "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1="}],
+    "answer": "2",
+    "verifier": "numeric",
+    "metadata": {"abs_tol": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{"role": "system", "content": "think"}, QUESTION["messages"][1]]},
+        {"verifier": "exact"},
+        {"metadata": {"abs_tol": 1}},
+        {"answer": "3"},
+    ],
+    ids=str,
+)
+def test_samples_of_another_question_are_not_mixed(
+    evaluate: Callable[..., Ended], copd: Callable[..., Ended], change: dict[str, Any]
+) -> None:
+    """Also where the last turn and the gold are the same."""
+    dump_lines(Path("own.jsonl"), [QUESTION])
+    assert evaluate("--out", "out", data="own.jsonl").code == 0
+    before = contents(Path("out"))
+    dump_lines(Path("own.jsonl"), [QUESTION | change])
+    ended = evaluate("--out", "out", data="own.jsonl")
+    assert ended.code == 2
+    assert "are of another prompt or answer than" in ended.err
+    assert contents(Path("out")) == before
+    assert evaluate("--out", "changed", data="own.jsonl").code == 0
+    key = {"messages": "messages", "answer": "gold"}.get(next(iter(change)), "verifier or metadata")
+    assert f": the {key} in changed is not that in out: evaluate both" in copd("eval-table", "out", "changed").err
+
+
+def test_failures_of_verifiers_are_kept_with_the_samples(
+    evaluate: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across calls: one comparison of every prompt runs out of time."""
+
+    def times_out(pairs: Any) -> list[float]:
+        pool = shared_pool()
+        monkeypatch.setattr(pool, "failures", replace(pool.failures, timeouts=pool.failures.timeouts + 1))
+        return [0.0 for _ in pairs]
+
+    monkeypatch.setattr(run, "verify_all", times_out)
+    assert evaluate("--num-samples", "2", "--num-prompts", "2", "--out", "out").code == 0
+    ended = evaluate("--num-samples", "2", "--out", "out")
+    assert ended.code == 0, ended.err
+    result = json.loads(Path("out/eval.json").read_text())
+    counts = {"timeouts": 6, "out_of_memory": 0, "crashes": 0}
+    assert result["benchmarks"]["aime_2024"]["verifier_failures"] == counts
+    assert "AIME 2024: comparisons that ended without a result, scored 0: timeouts 6." in ended.out
+    assert sum("verifier_failures" in line for line in lines("out")) == 6
 
 
 def test_without_out_each_model_and_setting_has_a_folder(evaluate: Callable[..., Ended]) -> None:
@@ -216,68 +257,6 @@ def test_several_sources(copd: Callable[..., Ended], site: Site, aime: str) -> N
     assert "text average" in ended.out
     values = [row["mean"]["value"] for row in result["benchmarks"].values()]
     assert result["averages"]["overall"]["value"] == pytest.approx(sum(values) / 4)
-
-
-def test_models_are_asked_with_equal_seeds_and_compared(
-    evaluate: Callable[..., Ended], copd: Callable[..., Ended]
-) -> None:
-    for out, model in (("a", "base"), ("b", "runs/small/models/merged")):
-        assert evaluate("--num-samples", "2", "--out", out, model=model).code == 0
-    seeds = [{(line["uid"], line["sample"]): line["seed"] for line in lines(out)} for out in "ab"]
-    assert seeds[0] == seeds[1]
-    ended = copd("eval-table", "a", "b", "--out", "table.md")
-    assert ended.code == 0, ended.err
-    assert Path("table.md").read_text() == ended.out
-    means = [json.loads(Path(out, "eval.json").read_text())["averages"]["overall"]["value"] for out in "ab"]
-    assert f"| runs/small/models/merged | {100 * (means[1] - means[0]):+.1f} (" in ended.out
-    assert "| minus base | text | overall |" in ended.out
-    same = copd("eval-table", "a", "a")
-    assert (same.code, same.err) == (2, "copd: a is named twice\n")
-    assert "runs holds no finished evaluation (no eval.json)" in copd("eval-table", "a", "runs").err
-    path = Path("b/samples.jsonl")
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert "b: samples are missing" in copd("eval-table", "a", "b").err
-
-
-def test_only_equal_questions_are_compared(evaluate: Callable[..., Ended], copd: Callable[..., Ended]) -> None:
-    """Rows without ids are named by file and number, so that another file's rows have the same uids."""
-    for out, gold in (("a", "1"), ("b", "1"), ("c", "2")):
-        for row in ("first", "second"):
-            rows = [{"prompt": "first", "answer": "1"}, {"prompt": row, "answer": gold}]
-            dump_lines(Path("own.jsonl"), rows)
-            assert evaluate("--out", f"{out}-{row}", data="own.jsonl").code == 0
-    uid = json.loads(Path("a-first/eval.json").read_text())["sources"][0]["uids"][1]
-    ended = copd("eval-table", "a-first", "b-first")
-    assert (ended.code, ended.err) == (0, "")
-    assert "other settings" not in ended.out
-    ended = copd("eval-table", "a-first", "b-second")
-    assert ended.code == 2
-    assert f"own {uid!r}: the prompt in b-second is not that in a-first: evaluate both" in ended.err
-    ended = copd("eval-table", "a-first", "b-first", "c-first")
-    assert ended.code == 2
-    assert f"own {uid!r}: the gold in c-first is not that in a-first: evaluate both" in ended.err
-
-
-def test_other_settings_stand_below_the_table(evaluate: Callable[..., Ended], copd: Callable[..., Ended]) -> None:
-    assert evaluate("--out", "a").code == 0
-    changes = ("--temperature", "0.5", "--max-new-tokens", "3", "media.video_fps=1.0", "--num-samples", "2")
-    assert evaluate("--out", "b", *changes, model="runs/small/models/merged").code == 0
-    ended = copd("eval-table", "a", "b")
-    assert ended.code == 0, ended.err
-    assert ended.out.endswith(
-        "\nruns/small/models/merged was evaluated with other settings: num_samples 2 (base: 1), "
-        "temperature 0.5 (base: 1.0), max_new_tokens 3 (base: 4), media.video_fps 1.0 (base: 2.0).\n"
-    )
-
-
-def test_num_prompts_cuts_no_question_of_several_rows() -> None:
-    rows = [("q1", "a"), ("q2", "a"), ("q1", "b"), ("q3", "a"), ("q2", "b"), ("q3", "b")]
-    examples = [Example(f"{q}-{i}", "?", "1", "exact", metadata={"together": q}) for q, i in rows]
-    assert [example.uid for example in first_units(examples, 2)] == ["q1-a", "q2-a", "q1-b", "q2-b"]
-    assert list(first_units(examples, None)) == list(first_units(examples, 9)) == examples
-    alone = [Example(str(i), "?", "1", "exact") for i in range(3)]
-    assert [example.uid for example in first_units([*alone[:1], *examples, *alone[1:]], 2)] == ["0", "q1-a", "q1-b"]
-    assert list(first_units(alone, 2)) == alone[:2]
 
 
 def test_branches_keep_their_outputs_too(copd: Callable[..., Ended], site: Site) -> None:

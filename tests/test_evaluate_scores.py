@@ -13,7 +13,6 @@ from copd_engine.evaluation.scores import (
     bootstrap,
     majority_score,
     mean_at_n,
-    paired_difference,
     pass_at_k,
     powers_up_to,
     stratified,
@@ -75,7 +74,8 @@ def test_powers_up_to(num_samples, powers):
         (["7", "8", "8", "9", "9"], [1, 0, 0, 0, 0], 0.0),  # a tie of wrong ones
         (["1/2", "0.5", "8"], [1, 1, 0], 1.0),  # right ones vote together
         ([None, None, "7"], [0, 0, 1], 1.0),  # None does not vote
-        ([None, "8"], [1, 0], 0.5),  # a right response counts even where no answer was found
+        ([None, "8"], [1, 0], 0.0),  # nor does a right one
+        ([None, None], [1, 0], 0.0),
         ([None, None], [0, 0], 0.0),
         (["a", "a", "b"], [0.6, 0.4, 0.0], 0.5),  # partial rewards
     ],
@@ -86,7 +86,7 @@ def test_majority_by_hand(answers, rewards, score):
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=6))
 def test_majority_is_the_mean_over_fair_draws_among_tied_answers(samples):
-    answers = ["right" if reward else answer for answer, reward in samples]
+    answers = ["right" if reward and answer is not None else answer for answer, reward in samples]
     counts = {answer: answers.count(answer) for answer in answers if answer is not None}
     tied = [answer for answer, count in counts.items() if count == max(counts.values())]
     expected = np.mean([answer == "right" for answer in tied]) if tied else 0.0
@@ -135,17 +135,3 @@ def test_strata_weigh_equally_and_are_resampled_within():
     assert interval.value == pytest.approx(0.5)
     # Only the small one varies: its mean is 0, 1/2 or 1.
     assert (interval.low, interval.high) == (pytest.approx(0.25), pytest.approx(0.75))
-
-
-def test_paired_difference_is_narrower_than_an_unpaired_one():
-    rng = np.random.default_rng(0)
-    a_PG = np.repeat(rng.binomial(1, 0.5, (300, 1)), 4, axis=1).astype(float)
-    b_PG = a_PG.copy()
-    b_PG[:30, :2] = 1 - b_PG[:30, :2]
-    mean, low, high = paired_difference(a_PG, b_PG)
-    assert mean == pytest.approx((b_PG - a_PG).mean())
-    assert low <= mean <= high
-    assert high - low < 0.5 * (bootstrap(a_PG.mean(1), 0).high - bootstrap(a_PG.mean(1), 0).low)
-    assert paired_difference(a_PG, a_PG) == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="300 and 299 prompts"):
-        paired_difference(a_PG, b_PG[1:])

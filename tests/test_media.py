@@ -18,7 +18,7 @@ from PIL import Image
 from copd_engine import video_file
 from copd_engine.config import MediaConfig
 from copd_engine.media import open_image, open_video
-from copd_engine.types import UserError
+from copd_engine.types import Clip, UserError
 from tests.video_files import grey, numbers, write_video
 
 MEDIA = MediaConfig()
@@ -176,10 +176,10 @@ def test_too_many_frames_are_thinned_evenly(tmp_path: Path) -> None:
     assert video.fps == pytest.approx(3 / 9.5)
 
 
-def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four frames of 3,000, a key frame every 50: less than a tenth of the file goes through the decoder."""
-    path = write_video(tmp_path / "a.mp4", 3000, rate=30, gop=50, options={"preset": "ultrafast"})
-    decoded = []
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Times of the frames that go through the decoder."""
+    found: list[int] = []
     decode = video_file.av.container.InputContainer.decode
 
     class Counting:
@@ -197,14 +197,29 @@ def test_only_what_is_needed_is_decoded(tmp_path: Path, monkeypatch: pytest.Monk
 
         def decode(self, stream: Any) -> Any:
             for frame in decode(self.container, stream):
-                decoded.append(frame.pts)
+                found.append(frame.pts)
                 yield frame
 
     opened = video_file.av.open
     monkeypatch.setattr(video_file.av, "open", lambda *a, **k: Counting(opened(*a, **k)))
+    return found
+
+
+def test_only_what_is_needed_is_decoded(tmp_path: Path, decoded: list[int]) -> None:
+    """Four frames of 3,000, a key frame every 50: less than a tenth of the file goes through the decoder."""
+    path = write_video(tmp_path / "a.mp4", 3000, rate=30, gop=50, options={"preset": "ultrafast"})
     video = open_video(path, 1.0, MediaConfig(video_max_frames=4), AT)
     assert video.times == (0.0, 33.0, 66.5, 99.5)
     assert len(decoded) < 300
+
+
+def test_of_a_part_what_is_before_it_is_not_decoded(tmp_path: Path, decoded: list[int]) -> None:
+    """Frames 480 to 510 of 600, a key frame every 50: decoding begins at 450."""
+    path = write_video(tmp_path / "a.mp4", 600, rate=30, gop=50, options={"preset": "ultrafast"})
+    part = open_video(Clip(path, 16.0, 17.2), 1.0, MEDIA, AT)
+    assert part.times == (0.0, 0.5, 1.0)
+    assert [round(4 * n) for n in numbers(part.frames)] == pytest.approx([4 * i % 256 for i in (480, 495, 510)], abs=4)
+    assert len(decoded) < 100
 
 
 def test_a_long_video_is_never_held_in_full_size(tmp_path: Path) -> None:

@@ -10,21 +10,21 @@ from typing import Any
 
 from copd_engine.evaluation.results import BenchmarkScores
 from copd_engine.evaluation.run import collect_scores
-from copd_engine.evaluation.samples import NOT_COMPARED, RESULT, Records, read_samples
+from copd_engine.evaluation.samples import NOT_COMPARED, RESULT, read_questions, read_samples
 from copd_engine.evaluation.table import markdown
 from copd_engine.types import UserError
 
 #: Of the settings, what models that are compared differ in.
-OF_THE_MODEL = {*NOT_COMPARED, "weights"}
-#: Of a sample, what the model was asked.
-ASKED = ("prompt", "messages", "gold")
+OF_THE_MODEL = {*NOT_COMPARED, "weights", "tokenizer"}
+#: Of a sample, what the model was asked and how it is scored, and what an error line calls it.
+ASKED = {"prompt": "prompt", "messages": "messages", "gold": "gold", "digest": "verifier or metadata"}
 
 
 def compare(folders: Sequence[Path]) -> str:
     """The table of the evaluations in ``folders``, the first of which the others are compared with, as Markdown.
 
-    Settings other than the first's are named below it. UserError where a prompt or gold of one uid differs, or samples
-    are missing.
+    Settings other than the first's are named below it, and so are prompts that not all were asked. UserError where a
+    prompt, gold, verifier or metadata of one uid differs, or samples are missing.
     """
     results = []
     for folder in folders:
@@ -44,22 +44,22 @@ def compare(folders: Sequence[Path]) -> str:
             models[name] = [collect_scores(source, records, result["num_samples"]) for source in result["sources"]]
         except KeyError as error:
             raise UserError(f"{folder}: samples are missing ({error}): run its copd eval again") from None
-        for (source, uid), question in _questions(result, records).items():
+        for (source, uid), question in _questions(result, folder).items():
             first, expected = asked.setdefault((source, uid), (folder, question))
-            for key in ASKED:
+            for key, called in ASKED.items():
                 if question[key] != expected[key]:
                     raise UserError(
-                        f"{source} {uid!r}: the {key} in {folder} is not that in {first}: "
+                        f"{source} {uid!r}: the {called} in {folder} is not that in {first}: "
                         "evaluate both models on the same data"
                     )
     table = markdown(models, results[0][1]["settings"]["seed"])
     return "\n\n".join([table, *_other_settings(dict(zip(models, (result for _, result in results), strict=True)))])
 
 
-def _questions(result: Mapping[str, Any], records: Records) -> dict[tuple[str, str], dict[str, Any]]:
-    """(benchmark, uid) to what was asked."""
-    names = [(source["name"], uid) for source in result["sources"] for uid in source["uids"]]
-    return {name: {key: records[name][0].get(key) for key in ASKED} for name in names}
+def _questions(result: Mapping[str, Any], folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(benchmark, uid) to what was asked, of those that were scored."""
+    found = read_questions(folder, tuple(ASKED))
+    return {(source["name"], uid): found[source["name"], uid] for source in result["sources"] for uid in source["uids"]}
 
 
 def _other_settings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

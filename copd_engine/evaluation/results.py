@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,8 @@ DOMAINS = ("image", "text", "video")
 class BenchmarkScores:
     """``rewards_PG`` fp64 and ``majority_P``: of each unit (a prompt, or prompts that count together), by the order of
     ``units``. ``group_P``: a unit's group, '' without one. ``truncated``: share of responses cut at the length limit;
-    ``num_tokens``: mean length of a response."""
+    ``num_tokens``: mean length of a response. ``verifier_failures``: kind to number of comparisons that ended without a
+    result, their responses scored 0."""
 
     name: str
     title: str
@@ -37,6 +39,7 @@ class BenchmarkScores:
     group_P: tuple[str, ...]
     truncated: float
     num_tokens: float
+    verifier_failures: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self, seed: int) -> dict[str, Any]:
         """For ``eval.json``; intervals are 95 % bootstraps over units."""
@@ -58,6 +61,7 @@ class BenchmarkScores:
             "maj": bootstrap(self.majority_P, seed)._asdict(),
             "truncated": self.truncated,
             "mean_num_tokens": self.num_tokens,
+            "verifier_failures": dict(self.verifier_failures),
             "groups": groups,
         }
 
@@ -85,6 +89,9 @@ def collect(
         majorities.setdefault(unit, []).append(majority_score([record["answer"] for record in records], own))
         group_of.setdefault(unit, groups.get(uid, ""))
     records = [record for _, found in prompts for record in found]
+    failures: Counter[str] = Counter()
+    for record in records:
+        failures.update(record.get("verifier_failures", {}))
     return BenchmarkScores(
         name=name,
         title=title,
@@ -95,6 +102,7 @@ def collect(
         group_P=tuple(group_of.values()),
         truncated=float(np.mean([record["finish_reason"] == "length" for record in records])),
         num_tokens=float(np.mean([record["num_tokens"] for record in records])),
+        verifier_failures=dict(failures),
     )
 
 
@@ -105,14 +113,46 @@ def averages(scores: Sequence[BenchmarkScores], seed: int) -> dict[str, Interval
 
 
 def differences(first: Sequence[BenchmarkScores], other: Sequence[BenchmarkScores], seed: int) -> dict[str, Interval]:
-    """:func:`averages` of ``other`` minus ``first`` on the same prompts, which are resampled together.
+    """:func:`averages` of ``other`` minus ``first`` over the benchmarks of both, on those units that both were asked,
+    which are resampled together; {} where they share none. :func:`unpaired` says what that leaves out."""
+    of_other = {score.name: score for score in other}
+    change: dict[str, np.ndarray] = {}
+    for score in first:
+        if score.name in of_other and (common := _common(score, of_other[score.name])):
+            change[score.name] = _of_units(of_other[score.name], common) - _of_units(score, common)
+    return _averages(change, [score for score in first if score.name in change], seed) if change else {}
 
-    ValueError for other prompts.
-    """
-    if [(s.name, s.units) for s in first] != [(s.name, s.units) for s in other]:
-        raise ValueError("models were asked different prompts")
-    change = {a.name: mean_at_n(b.rewards_PG) - mean_at_n(a.rewards_PG) for a, b in zip(first, other, strict=True)}
-    return _averages(change, first, seed)
+
+class Unpaired(NamedTuple):
+    """A benchmark's units that one model was asked, the other one, and both."""
+
+    title: str
+    num_first: int
+    num_other: int
+    num_both: int
+
+
+def unpaired(first: Sequence[BenchmarkScores], other: Sequence[BenchmarkScores]) -> list[Unpaired]:
+    """Benchmarks of which :func:`differences` leaves out units, or all."""
+    of_first, of_other = ({score.name: score for score in scores} for scores in (first, other))
+    found = []
+    for name, score in {**of_other, **of_first}.items():
+        a, b = (set(scores[name].units) if name in scores else set() for scores in (of_first, of_other))
+        if a != b:
+            found.append(Unpaired(score.title, len(a), len(b), len(a & b)))
+    return found
+
+
+def _common(a: BenchmarkScores, b: BenchmarkScores) -> list[str]:
+    """Units of both, in the order of ``a``."""
+    others = set(b.units)
+    return [unit for unit in a.units if unit in others]
+
+
+def _of_units(score: BenchmarkScores, units: Sequence[str]) -> np.ndarray:
+    """mean@n of ``units``, ``[P]``."""
+    row = {unit: index for index, unit in enumerate(score.units)}
+    return mean_at_n(score.rewards_PG)[[row[unit] for unit in units]]
 
 
 def _averages(values: Mapping[str, np.ndarray], scores: Sequence[BenchmarkScores], seed: int) -> dict[str, Interval]:

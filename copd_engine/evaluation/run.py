@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from copd_engine.rollout.base import RolloutEngine, Sampling
 from copd_engine.rollout.select import create_engine
 from copd_engine.run_folder import machine, today, versions, write_json
 from copd_engine.types import RolloutRequest, UserError
-from copd_engine.verifiers import verify_all
+from copd_engine.verifiers import Failures, shared_pool, verify_all
 
 #: A config must name a branch; none of its prompts is read when there is --data.
 WITHOUT_CONFIG = {"branches": [{"name": "text", "data": {"source": "testbed", "domain": "text"}}]}
@@ -138,17 +139,24 @@ def _sample(engine: RolloutEngine, source: Source, samples: SampleFile, config: 
                     number_of[index, request.seed] = number
                     requests.append(request)
             for group in engine.generate_groups(EXPERT, requests, sampling):
+                before = shared_pool().failures
                 rewards = verify_all([(rollout.text, rollout.request.prompt.example) for rollout in group])
                 index = group[0].request.group
                 drawn = [
                     (number_of[index, rollout.request.seed], rollout, reward)
                     for rollout, reward in zip(group, rewards, strict=True)
                 ]
-                samples.add(source.name, source.items[index].name, drawn)
+                samples.add(source.name, source.items[index], drawn, _since(before))
                 bar.update(len(group))
     lost = sum(map(len, _missing(source, samples, num_samples).values()))
     if lost:
         raise UserError(f"{source.name}: the engine lost {lost} of {total} samples; the same command draws them again")
+
+
+def _since(before: Failures) -> Failures:
+    """Failures of the verifiers' workers since there were so many."""
+    now = shared_pool().failures
+    return Failures(*(a - b for a, b in zip(astuple(now), astuple(before), strict=True)))
 
 
 def _remembered(source: Source) -> dict[str, Any]:

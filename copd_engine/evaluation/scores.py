@@ -54,15 +54,14 @@ def powers_up_to(num_samples: int) -> list[int]:
 def majority_score(answers: Sequence[str | None], rewards: Sequence[float]) -> float:
     """maj@n of one prompt: the reward of the answer that most samples gave.
 
-    Right samples (reward 1) vote together, however they wrote the answer; others by equal text; None does not vote. Of
-    a tie the mean counts, which is what a fair draw among the tied answers gives on average. 0 where nobody votes.
+    Right samples (reward 1) vote together, however they wrote the answer; others by equal text. None does not vote,
+    right or wrong. Of a tie the mean counts, which is what a fair draw among the tied answers gives on average. 0 where
+    nobody votes.
     """
     votes: dict[str | None, list[float]] = defaultdict(list)
     for answer, reward in zip(answers, rewards, strict=True):
-        if reward >= 1.0:
-            votes[None].append(reward)
-        elif answer is not None:
-            votes[answer].append(reward)
+        if answer is not None:
+            votes[None if reward >= 1.0 else answer].append(reward)
     if not votes:
         return 0.0
     most = max(map(len, votes.values()))
@@ -101,14 +100,3 @@ def _resampled_means(values_P: np.ndarray, rng: np.random.Generator, num_resampl
         for start in range(0, num_resamples, block)
     ]
     return np.concatenate(means)
-
-
-def paired_difference(a_PG: np.ndarray, b_PG: np.ndarray, seed: int = 0) -> Interval:
-    """mean@n of b minus that of a on the same prompts, with its 95 % interval: prompts are resampled together.
-
-    Shapes ``[P, G]``, or ``[P]`` for one number per prompt. ValueError for different numbers of prompts.
-    """
-    a_PG, b_PG = np.asarray(a_PG, np.float64), np.asarray(b_PG, np.float64)
-    if len(a_PG) != len(b_PG):
-        raise ValueError(f"{len(a_PG)} and {len(b_PG)} prompts cannot be paired")
-    return bootstrap(b_PG.reshape(len(b_PG), -1).mean(1) - a_PG.reshape(len(a_PG), -1).mean(1), seed)

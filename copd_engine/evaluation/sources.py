@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from copd_engine.config import DataConfig, RunConfig
 from copd_engine.data.benchmarks import BENCHMARKS, read_benchmark
@@ -19,15 +21,47 @@ from copd_engine.types import EncodedPrompt, Example, UserError, suggest
 
 
 class Item(NamedTuple):
-    """What is remembered of a prompt: ``name`` is its uid, numbered where files of a mixture share one; ``where`` names
-    it in error lines; ``group`` and ``together`` as in :class:`copd_engine.data.benchmarks.Benchmark`."""
+    """What is remembered of a prompt: ``name`` is its uid, numbered where files of a mixture share one; ``digest`` is
+    that of :func:`question_digest`; ``where`` names it in error lines; ``group`` and ``together`` as in
+    :class:`copd_engine.data.benchmarks.Benchmark`."""
 
     name: str
-    prompt: str
-    gold: str
+    digest: str
     where: str
     group: str | None
     together: str | None
+
+
+def question_digest(example: Example) -> str:
+    """SHA-256 of what is asked and how it is scored: the conversation, the gold, the verifier and its metadata."""
+    asked = [example.turns, example.answer, example.verifier, example.metadata]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Picked(Sequence[Example]):
+    """Examples of several sequences, each read when it is asked for: ``chosen`` are (part, index), default all of them
+    one part after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Example]], chosen: Sequence[tuple[int, int]] | None = None) -> None:
+        self.parts = parts
+        everything = ((number, index) for number, part in enumerate(parts) for index in range(len(part)))
+        self.chosen = list(everything) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Picked: ...
+    def __getitem__(self, index: int | slice) -> Example | Picked:
+        if isinstance(index, slice):
+            return Picked(self.parts, self.chosen[index])
+        part, number = self.chosen[index]
+        return self.parts[part][number]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -89,8 +123,7 @@ def _read(item: str) -> tuple[str, Sequence[Example]]:
 def _listed(
     name: str, parts: list[Sequence[Example]], config: RunConfig, encoder: PromptEncoder, num_prompts: int | None
 ) -> Source:
-    examples = parts[0] if len(parts) == 1 else [example for part in parts for example in part]
-    examples = first_units(examples, num_prompts)
+    examples = first_units(parts[0] if len(parts) == 1 else Picked(parts), num_prompts)
     benchmark, _, group = name.partition(":")
     spec = BENCHMARKS.get(benchmark)
     title = name if spec is None else spec.title + (f" ({group})" if group else "")
@@ -109,7 +142,7 @@ def first_units(examples: Sequence[Example], num_prompts: int | None) -> Sequenc
         together = example.metadata.get("together")
         units.append(("alone", index) if together is None else ("together", str(together)))
     kept = set(list(dict.fromkeys(units))[:num_prompts])
-    return [examples[index] for index, unit in enumerate(units) if unit in kept]
+    return Picked([examples], [(0, index) for index, unit in enumerate(units) if unit in kept])
 
 
 def _branch(config: RunConfig, number: int, encoder: PromptEncoder, num_prompts: int | None) -> Source:
@@ -128,7 +161,7 @@ def _items(examples: Iterable[Example]) -> tuple[Item, ...]:
         count, metadata = seen[example.uid], example.metadata
         name = example.uid if count == 1 else f"{example.uid}#{count}"
         group, together = (None if (x := metadata.get(key)) is None else str(x) for key in ("group", "together"))
-        items.append(Item(name, example.prompt, example.answer, example.name, group, together))
+        items.append(Item(name, question_digest(example), example.name, group, together))
     return tuple(items)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from copd_engine.evaluation.results import DOMAINS, BenchmarkScores, averages, differences
+from copd_engine.evaluation.results import DOMAINS, BenchmarkScores, Unpaired, averages, differences, unpaired
 from copd_engine.evaluation.scores import Interval, bootstrap, mean_at_n, pass_at_k, powers_up_to
 
 Scores = Mapping[str, Sequence[BenchmarkScores]]
@@ -75,21 +75,35 @@ def _details(model: str, scores: Sequence[BenchmarkScores], seed: int) -> str:
         cut, tokens = f"{100 * score.truncated:.1f} %", f"{score.num_tokens:,.0f}"
         majority = _cell(bootstrap(score.majority_P, seed))
         lines.append([score.title, f"{len(score.units):,}", *passes, majority, cut, tokens])
-    return f"{model}:\n\n{_table(lines)}"
+    return "\n\n".join([f"{model}:", _table(lines), *filter(None, map(_failures, scores))])
+
+
+def _failures(score: BenchmarkScores) -> str:
+    """A line for comparisons that ended without a result, '' where none did."""
+    failures = {kind.replace("_", " "): count for kind, count in score.verifier_failures.items() if count}
+    counts = ", ".join(f"{kind} {count:,}" for kind, count in failures.items())
+    return f"{score.title}: comparisons that ended without a result, scored 0: {counts}." if counts else ""
 
 
 def _differences(models: Scores, seed: int) -> str:
     (first, base), *others = models.items()
-    found = {}
-    for model, scores in others:
-        try:
-            found[model] = differences(base, scores, seed)
-        except ValueError:
-            found[model] = {}
+    found = {model: differences(base, scores, seed) for model, scores in others}
     names = [*(domain for domain in DOMAINS if any(domain in change for change in found.values())), "overall"]
     lines = [[f"minus {first}", *names], ["---", *["---:"] * len(names)]]
     lines += [[model, *(_cell(change.get(name), sign="+") for name in names)] for model, change in found.items()]
-    return f"{_table(lines)}\n\nPoints, paired over the same prompts (95 % bootstrap interval)."
+    notes = ["Points, paired over the same prompts (95 % bootstrap interval)."]
+    for model, scores in others:
+        left_out = [_left_out(gap, first, model) for gap in unpaired(base, scores)]
+        if left_out:
+            notes.append(f"Left out of the differences of {model}, not of the means above: {'; '.join(left_out)}.")
+    return "\n\n".join([_table(lines), *notes])
+
+
+def _left_out(gap: Unpaired, first: str, other: str) -> str:
+    if not gap.num_first or not gap.num_other:
+        return f"{gap.title} ({first if gap.num_first else other} alone has it)"
+    counts = f"{first}: {gap.num_first:,}, {other}: {gap.num_other:,}"
+    return f"{gap.title} but for the {gap.num_both:,} prompts that both were asked ({counts})"
 
 
 def _cell(interval: Interval | None, bold: bool = False, sign: str = "") -> str:

@@ -7,6 +7,9 @@ from dataclasses import replace
 from copd_engine.types import Example
 from copd_engine.verifiers.registry import get_verifier
 
+#: What an example calls it.
+ALTERNATIVES = f"{__name__}:alternatives"
+
 
 def alternatives(response: str, example: Example) -> float:
     """The best score over ``metadata.alternatives``, a list of ``{answer, verifier}``; other metadata is for these."""

@@ -43,8 +43,14 @@ def gym_number_job(response: str, example: Example) -> Job | float:
 
     For models too small to keep an answer format; repeating the problem earns nothing.
     """
-    numbers = _NUMBER.findall(without_thinking(response)[-TAIL_CHARACTERS:])
-    return _job(numbers[-1], example) if numbers else 0.0
+    number = last_number(response)
+    return 0.0 if number is None else _job(number, example)
+
+
+def last_number(response: str) -> str | None:
+    """The last number of a response, as it is written; None without one."""
+    numbers: list[str] = _NUMBER.findall(without_thinking(response)[-TAIL_CHARACTERS:])
+    return numbers[-1] if numbers else None
 
 
 def score(answer: str, task: str, task_config: str, entry: dict[str, Any]) -> float:

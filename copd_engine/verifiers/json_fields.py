@@ -20,16 +20,20 @@ def json_fields(response: str, example: Example) -> float:
     The object may stand in a ```` ```json ```` fence, in prose or alone; fields that the gold does not have are
     ignored at the top level. Values are equal as JSON: 1 and 1.0 are, 1 and true or "1" are not.
     """
-    gold = _gold(example)
-    answer = find_answer(response)
-    # Not the other marks of an answer: "answer": may be a field's name.
-    found = _last_object(answer.text if answer.source == "tag" else without_thinking(response)[-TAIL_CHARACTERS:])
+    gold, found = _gold(example), last_object(response)
     return float(found is not None and all(key in found and _equal(found[key], gold[key]) for key in gold))
 
 
 def check_json(example: Example) -> None:
     """Raises UserError for a gold that is no JSON object with fields."""
     _gold(example)
+
+
+def last_object(response: str) -> dict[str, Any] | None:
+    """The last JSON object of a response; None without one."""
+    answer = find_answer(response)
+    # Not the other marks of an answer: "answer": may be a field's name.
+    return _last_object(answer.text if answer.source == "tag" else without_thinking(response)[-TAIL_CHARACTERS:])
 
 
 def _last_object(text: str) -> dict[str, Any] | None:

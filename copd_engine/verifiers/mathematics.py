@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import re
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
 from copd_engine.types import Example, UserError
 from copd_engine.verifiers.extract import Answer, ascii_signs, find_answer, first_sentence
+from copd_engine.verifiers.numeric import is_close, numbers
 from copd_engine.verifiers.pool import Job
 from copd_engine.verifiers.text import normalize
 
@@ -33,7 +35,8 @@ _UNMARKED_UNIT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}")
 #: A number in a typeface of its own, and one in brackets.
 _TYPEFACE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boldsymbol|bm)\s*\{\s*([-+\d.,/\s]*\d[-+\d.,/\s]*)\}")
 _BRACKETED = re.compile(r"^\(([^(),]*)\)$")
-_THIN_SPACING = re.compile(r"(?<!\\)\\[,;:!]")
+#: A negative space draws together what stands around a blank: ``11,\! 111`` is one number.
+_THIN_SPACING = re.compile(r"(?<!\\)\\!\s*|(?<!\\)\\[,;:]")
 _SPACING = re.compile(r"(?<!\\)\\(?: |quad\b|qquad\b)|~")
 _DECIMAL = r"(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _QUOTIENT = r"(?:\\[dt]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}|\d+\s*/\s*\d+)"
@@ -44,6 +47,16 @@ _PLAIN_NUMBER = re.compile(
 #: Numbers that take ages to work out: a power of a power of numbers, long exponents, large factorials.
 _HUGE = re.compile(r"(?:\^|\*\*)[\s{(]*-?\d[\d.]*[\s})]*(?:\^|\*\*)|(?:\^|\*\*)[\s{(]*-?\d{6}|\d{5}[\s})]*!|![\s})]*!")
 _QUOTIENT_ANYWHERE = re.compile(r"\\[dt]?frac|/")
+_EQUALS = re.compile(r"(?<![<>!\\])=|\\approx(?![a-z])|≈")
+#: A left side that only names what is on the right: ``x``, ``y_1``, ``f(x)``, ``m\angle A``, ``\text{area}``.
+_NAME = re.compile(
+    r"\s*(?:m?\s*\\angle\s*)?(?:\\(?:text|mathrm|operatorname)\s*\{[^{}]*\}|\\?[A-Za-z]+)"
+    r"(?:_(?:\w|\{[^{}]*\}))?'*\s*(?:\([^()]*\))?\s*"
+)
+#: math-verify takes these letters at the end, after a blank, for units.
+_LAST_FACTOR = re.compile(r"(?<=[A-Za-z])\s+([cdghlmost])\s*$")
+#: math-verify rounds to six decimals, so that 0.333333 is 1/3; of a small number that leaves few digits or none.
+_MAX_RELATIVE_ERROR = Decimal("5e-6")
 
 
 def math_job(response: str, example: Example) -> Job | float:
@@ -116,7 +129,9 @@ def _matches(answer: Answer, gold_text: str) -> bool:
     gold = _parsed_first(_readings(Answer(gold_text, "boxed")))
     for reading in _readings(answer):
         target = _parsed(reading)
-        if gold and target and _in_final_form(gold, target) and verify(gold, target, timeout_seconds=None):
+        if not gold or not target or not _in_final_form(gold, target):
+            continue
+        if verify(gold, target, timeout_seconds=None) and _is_close(gold[-1], target[-1]):
             return True
     return False
 
@@ -134,6 +149,8 @@ def _readings(answer: Answer) -> list[str]:
     text = _TYPEFACE.sub(r"\1", text)
     delimited = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed"))
     words = _WORD.search(_COMMAND.sub(" ", text)) is not None
+    if not words and (_is_equation(text) or re.search(r"\d", text) is None):
+        text = _LAST_FACTOR.sub(r" {\1}", text)
     if answer.source == "whole":
         return [text] if words or delimited else [f"\\boxed{{{text}}}"]
     readings = [text] if delimited else [f"\\boxed{{{text}}}"]
@@ -159,7 +176,8 @@ def _parsed(text: str) -> list[Any]:
 def _in_final_form(gold: list[Any], target: list[Any]) -> bool:
     gold_expression, target_expression = gold[0], target[0]
     gold_text, text = _last_side(gold[-1]), _last_side(target[-1])
-    if is_plain_number(gold_text):
+    equation = _is_equation(gold[-1])
+    if is_plain_number(gold_text) and not equation:
         if not is_plain_number(text):
             return False
         # An integer is not finished as 32/2, unless the gold is no better.
@@ -172,12 +190,27 @@ def _in_final_form(gold: list[Any], target: list[Any]) -> bool:
     operators = (Integral, Sum, Product, Limit, Derivative)
     if target_expression.has(*operators) and not gold_expression.has(*operators):
         return False
-    return not _has_only_numbers(gold_expression) or _has_only_numbers(target_expression)
+    return equation or not _has_only_numbers(gold_expression) or _has_only_numbers(target_expression)
 
 
 def _last_side(text: str) -> str:
     """After the last equals sign: "7 + 9 = 16" states 16."""
-    return re.split(r"(?<![<>!\\])=|\\approx(?![a-z])|≈", text)[-1]
+    return _EQUALS.split(text)[-1]
+
+
+def _is_equation(text: str) -> bool:
+    """``x^2 + y = 0``, whose right side is not the answer; not ``x = 3`` and not ``7 + 9 = 16``."""
+    left, *others = _EQUALS.split(text)
+    return bool(others) and re.search("[A-Za-z]", _COMMAND.sub(" ", left)) is not None and not _NAME.fullmatch(left)
+
+
+def _is_close(gold: str, text: str) -> bool:
+    """False for two numbers that differ by more than :data:`_MAX_RELATIVE_ERROR` of the gold."""
+    sides = [_last_side(gold), _last_side(text)]
+    found = [numbers(side) for side in sides]
+    if _is_equation(gold) or not all(map(is_plain_number, sides)) or any(len(side) != 1 for side in found):
+        return True
+    return is_close(found[1][0], found[0][0], Decimal(0), _MAX_RELATIVE_ERROR)
 
 
 def _has_only_numbers(expression: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable
 from decimal import Context, Decimal, DecimalException, DivisionByZero, InvalidOperation
 from typing import NamedTuple
 
@@ -21,8 +20,10 @@ _SUPERSCRIPT = re.compile(r"[⁻⁺]?[⁰¹²³⁴-⁹]+")
 _VULGAR_FRACTION = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit|operatorname)\s*\{([^{}]*)\}")
+#: It draws together what stands around a blank: ``11,\! 111`` is one number.
+_NEGATIVE_SPACE = re.compile(r"\\!\s*")
 _REPLACED = (
-    *((blank, "") for blank in ("\\,", "{,}", "\\!", "\\;", "\u202f", "\u2009")),
+    *((blank, "") for blank in ("\\,", "{,}", "\\;", "\u202f", "\u2009")),
     ("\\%", "%"),
     ("\\times", "*"),
     ("\\cdot", "*"),
@@ -65,15 +66,29 @@ def numeric(response: str, example: Example) -> float:
     the last ``=``), with a unit or not; of an unmarked response the last number counts. Where only one of answer and
     gold is a percentage, both readings count: 45 % is 45, and 0.45.
     """
-    gold, tolerance = _gold(example)
+    gold, absolute, relative = _gold(example)
+    stated = stated_number(response)
+    return float(stated is not None and is_close(stated, gold, absolute, relative))
+
+
+def stated_number(response: str) -> Number | None:
+    """The one number of a marked answer (after the last ``=``), the last one of an unmarked response; None without."""
     answer = find_answer(response)
     text = answer.text[-_MAX_CHARACTERS:]
     if answer.source != "whole":
         text = _LAST_SIDE.split(first_sentence(text))[-1]
     found = numbers(text)
     if not found or (answer.source != "whole" and len(found) > 1):
-        return 0.0
-    return float(any(_distance(*pair) <= tolerance(pair[1]) for pair in _readings(found[-1], gold)))
+        return None
+    return found[-1]
+
+
+def is_close(answer: Number, gold: Number, abs_tol: Decimal, rel_tol: Decimal) -> bool:
+    """Within the wider tolerance, ``rel_tol`` of the gold's size, in one of the readings of a percentage."""
+    return any(
+        _distance(*pair) <= max(abs_tol, _CONTEXT.multiply(rel_tol, pair[1].copy_abs()))
+        for pair in _readings(answer, gold)
+    )
 
 
 def check_numeric(example: Example) -> None:
@@ -112,6 +127,7 @@ def _plain(text: str) -> str:
     """LaTeX and Unicode forms of numbers as ASCII."""
     text = _SUPERSCRIPT.sub(lambda match: "^" + unicodedata.normalize("NFKC", match.group()), text)
     text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]} ", _VULGAR_FRACTION.sub(" ", text))
+    text = _NEGATIVE_SPACE.sub("", text)
     for old, new in _REPLACED:
         text = text.replace(old, new)
     return _WRAPPED.sub(r" \1 ", ascii_signs(unicodedata.normalize("NFKC", text)))
@@ -130,13 +146,12 @@ def _distance(answer: Decimal, gold: Decimal) -> Decimal:
     return _CONTEXT.abs(_CONTEXT.subtract(answer, gold))
 
 
-def _gold(example: Example) -> tuple[Number, Callable[[Decimal], Decimal]]:
-    """The number, and how far an answer may be from a target."""
+def _gold(example: Example) -> tuple[Number, Decimal, Decimal]:
+    """The number, its absolute and its relative tolerance."""
     found = numbers(_LAST_SIDE.split(example.answer)[-1])
     if len(found) != 1:
         raise UserError(f"{example.name}: verifier 'numeric': answer = {example.answer!r}: must be one number")
-    absolute, relative = (_tolerance(example, key) for key in ("abs_tol", "rel_tol"))
-    return found[0], lambda target: max(absolute, _CONTEXT.multiply(relative, target.copy_abs()))
+    return found[0], _tolerance(example, "abs_tol"), _tolerance(example, "rel_tol")
 
 
 def _tolerance(example: Example, key: str) -> Decimal:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 from copd_engine.data.benchmarks.questions import (
-    ALTERNATIVES,
     Media,
     Question,
     Row,
@@ -18,6 +18,8 @@ from copd_engine.data.benchmarks.questions import (
     with_images,
 )
 from copd_engine.types import UserError
+from copd_engine.verifiers.alternatives import ALTERNATIVES
+from copd_engine.verifiers.choice import LETTERS
 
 IN_THE_IMAGE = "Answer the question in the image."
 #: MMMU's own evaluation rounds numbers to two decimals before it compares them.
@@ -26,18 +28,27 @@ MMMU_TOLERANCE = 0.005
 
 def mmmu(row: Row, media: Media) -> Question:
     """Options are a list written as Python text; ``<image 1>`` of text and options is column ``image_1``. Open
-    questions have one gold or a list of them."""
+    questions have one gold or a list of them; one that is a letter names what the image calls so."""
     question = _numbered(row, media)
     if row["question_type"] == "multiple-choice":
         return choice(question, row["answer"])
-    question, gold = replace(question, options={}), str(row["answer"]).strip()
-    golds = ast.literal_eval(gold) if gold.startswith("[") and gold.endswith("]") else [gold]
-    ways = [free_gold(question, way, MMMU_TOLERANCE) for way in golds]
+    question, golds = replace(question, options={}), _golds(str(row["answer"]).strip())
+    ways = [_letter(question, x) if x in tuple(LETTERS) else free_gold(question, x, MMMU_TOLERANCE) for x in golds]
     if len(ways) == 1:
         return ways[0]
     listed = [{"answer": way.answer, "verifier": way.verifier} for way in ways]
     metadata = {"alternatives": listed, "abs_tol": MMMU_TOLERANCE}
-    return replace(question, answer=" or ".join(map(str, golds)), verifier=ALTERNATIVES, metadata=metadata)
+    return replace(question, answer=" or ".join(golds), verifier=ALTERNATIVES, metadata=metadata)
+
+
+def _golds(gold: str) -> list[str]:
+    """The texts of a Python list of texts; else ``gold`` alone, which may be an interval."""
+    if gold.startswith("[") and gold.endswith("]"):
+        with contextlib.suppress(ValueError, SyntaxError):
+            listed = ast.literal_eval(gold)
+            if listed and all(isinstance(item, str) and item.strip() for item in listed):
+                return [item.strip() for item in listed]
+    return [gold]
 
 
 def mmmu_pro(row: Row, media: Media) -> Question:

@@ -27,8 +27,10 @@ _MATHEMATICS = re.compile(r"\\(?!(?:text|textbf|mathrm|mathbf|textit)\b)[A-Za-z]
 _FORMULA = re.compile(
     r"(?!.*[^\W\d_]{2})(?=.*[\da-z])(?=.*[-\u2212+*/=<>(\[{])[\w\s.,$|°\u2212+*/=<>(){}\[\]-]+", re.DOTALL
 )
+_DIGITS = r"\$?\d+(?:\.\d+)?"
+#: Ranges, scores, dates: 10-20, 3-1, 2021-05-03, 12/25/2020, $5-$10. Of one slash it is a fraction.
+_JOINED_NUMBERS = re.compile(rf"[-\u2212]?(?!{_DIGITS}\s*/\s*{_DIGITS}$){_DIGITS}(?:\s*[-\u2212/]\s*{_DIGITS})+")
 _NUMBERED_IMAGE = re.compile(r"<image\s*(\d+)>")
-ALTERNATIVES = "copd_engine.verifiers.alternatives:alternatives"
 
 
 @dataclass(frozen=True)
@@ -145,13 +147,14 @@ def choice(question: Question, gold: Any, text_first: bool = False) -> Question:
 
 def free_gold(question: Question, gold: Any, abs_tol: float = 0.0) -> Question:
     """``question`` with a free gold: one number within ``abs_tol``, mathematics, or else text compared without case
-    and punctuation."""
+    and punctuation; so are numbers that a dash or slash joins, but for a fraction."""
     text = str(gold).strip()
     found = numbers(text)
     bare = text.strip("$%° ").replace(",", "")
     if len(found) == 1 and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\d+/\d+", bare, re.IGNORECASE):
         return replace(question, answer=text, verifier="numeric", metadata={**question.metadata, "abs_tol": abs_tol})
-    is_math = _MATHEMATICS.search(text) or _FORMULA.fullmatch(text)
+    formula = _FORMULA.fullmatch(text) and not _JOINED_NUMBERS.fullmatch(text)
+    is_math = _MATHEMATICS.search(text) or formula
     matched = text.count("{") == text.count("}")
     return replace(question, answer=text, verifier="math" if is_math and matched else "normalized")
 

@@ -6,6 +6,7 @@ import csv
 import glob
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,12 @@ from copd_engine.data.files import JsonlRows, ParquetRows, Rows
 from copd_engine.media import check_image, check_video
 from copd_engine.types import Example, UserError, suggest
 from copd_engine.verifiers import check_example
+from copd_engine.verifiers.extract import last_boxed
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv")
+#: ``-00000-of-00002`` of a file's stem, with the hash that older files have, or a stem that is a number.
+_SHARD = re.compile(r"(?:^|[-_.])\d+-of-\d+(?:-[0-9a-f]+)?$|^\d+$")
+_SPLITS = frozenset({"train", "dev", "val", "validation", "test", "testmini"})
 
 
 class BenchmarkExamples(Sequence[Example]):
@@ -53,12 +58,13 @@ def read_benchmark(name: str, path: str | Path, group: str | None = None) -> Ben
     """Every row of benchmark ``name``, each checked: columns, gold, options, that its media exist.
 
     ``path``: a file (Parquet, JSON, JSONL, TSV), a folder of such files, or a pattern such as ``MMMU/*/val*.parquet``.
-    ``group`` keeps the rows of that group alone (``vision_only`` of MathVerse). UserError with file and row.
+    Several files are the shards of one split, and where the benchmark has them its tasks or subjects. ``group`` keeps
+    the rows of that group alone (``vision_only`` of MathVerse). UserError with file and row, and for several splits.
     """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}{suggest(name, BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
-    rows = [_open(file, name) for file in _files(Path(path), name)]
+    rows = [_open(file, name) for file in _one_split(_files(Path(path), name), benchmark, name)]
     for part in rows:
         _check_columns(benchmark, part, name)
     indices: list[tuple[int, int]] = []
@@ -123,6 +129,32 @@ def _files(path: Path, name: str) -> list[Path]:
     return found
 
 
+def _one_split(files: list[Path], benchmark: Benchmark, name: str) -> list[Path]:
+    """``files``, of the benchmark's split alone where it has one. UserError where they are of several splits."""
+    if benchmark.split is not None:
+        own = [file for file in files if benchmark.split in file.stem]
+        if not own:
+            wanted = f"the split that {benchmark.title} reads: give its files *{benchmark.split}*"
+            raise UserError(f"{name}: {files[0]} is not of {wanted}")
+        files = own
+    splits = {_split(file, benchmark.several_files): file for file in reversed(files)}
+    if len(splits) > 1:
+        a, b, *_ = sorted(splits.values())
+        raise UserError(
+            f"{name}: {a} and {b} look like several splits: give one of them, or each with a --data {name}= of its own"
+        )
+    return files
+
+
+def _split(file: Path, several_files: bool) -> str:
+    """What files of one split have in common: the stem without the shard's number; where files are tasks or subjects,
+    the name of a split in it."""
+    stem = _SHARD.sub("", file.stem)
+    if not several_files:
+        return stem
+    return " ".join(word for word in re.split(r"[^a-z]+", stem.lower()) if word in _SPLITS)
+
+
 def _open(path: Path, name: str) -> Rows:
     if path.suffix == ".parquet":
         return ParquetRows(path, name)
@@ -150,6 +182,8 @@ def _check_columns(benchmark: Benchmark, rows: Rows, name: str) -> None:
     first = rows.row(0)
     found = list(first) if isinstance(first, Mapping) else []
     missing = [c for c, others in benchmark.columns.items() if not {c, *others} & set(found)]
+    if benchmark.boxed_in in found:
+        missing = [column for column in missing if column != "answer"]
     if missing:
         expected = ", ".join(" or ".join((c, *others)) for c, others in benchmark.columns.items())
         raise UserError(
@@ -201,6 +235,10 @@ def _renamed(benchmark: Benchmark, row: Any, at: str) -> Row:
         for other in others:
             if column not in renamed and other in renamed:
                 renamed[column] = row[other]
+    if benchmark.boxed_in in renamed and "answer" not in renamed:
+        renamed["answer"] = last_boxed(str(renamed[benchmark.boxed_in]))
+        if renamed["answer"] is None:
+            raise UserError(f"{at}: there is no 'answer', and {benchmark.boxed_in!r} has no \\boxed{{}}")
     return renamed
 
 

@@ -19,7 +19,9 @@ class Benchmark:
     one. ``read`` returns None for rows that are no part of the benchmark. ``uid``: columns whose values name a row;
     without any it is the row's number. ``group``: a column by which accuracy is shown too, and by which
     ``name:group`` selects rows. ``together``: a column whose rows count as one, right where all are right.
-    ``media``: folders, beside the data file, in which files may lie."""
+    ``media``: folders, beside the data file, in which files may lie. ``split``: what the names of its files contain,
+    where those of another split lie beside them. ``several_files``: a file for each task or subject. ``boxed_in``: the
+    column whose last ``\\boxed{}`` is the gold of rows without ``answer``."""
 
     title: str
     domain: Domain
@@ -30,6 +32,9 @@ class Benchmark:
     together: str | None = None
     media: tuple[str, ...] = ()
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    split: str | None = None
+    several_files: bool = False
+    boxed_in: str | None = None
 
 
 def _columns(*names: str) -> dict[str, tuple[str, ...]]:
@@ -46,8 +51,21 @@ def _integer(row: Row, _: Media) -> Question:
     return Question(str(row["problem"]), str(int(gold)) if gold.isdecimal() else gold)
 
 
-_PROBLEM = {"problem": ("Problem", "question"), "answer": ("Answer",)}
-_BY_ID = {"id": ("ID", "problem_idx", "unique_id")}
+def _text(
+    title: str, read: Callable[[Row, Media], Question], uid: tuple[str, ...] = ("id",), group: str | None = None
+) -> Benchmark:
+    return Benchmark(
+        title=title,
+        domain="text",
+        columns={"problem": ("Problem", "question"), "answer": ("Answer",)},
+        read=read,
+        uid=uid,
+        optional={"id": ("ID", "problem_idx", "unique_id")},
+        group=group,
+        boxed_in="solution",
+    )
+
+
 _VIDEO_MATH_QA = _columns("videoID", "question_id", "question", "options", "answer")
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
@@ -59,6 +77,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             read=image_rows.mmmu,
             uid=("id",),
             group="subfield",
+            several_files=True,
         ),
         "mmmu_pro": Benchmark(
             title="MMMU-Pro",
@@ -67,6 +86,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             read=image_rows.mmmu_pro,
             uid=("id",),
             group="subject",
+            several_files=True,
         ),
         "mathvista": Benchmark(
             title="MathVista",
@@ -91,6 +111,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             columns=_columns("question_id", "question_text", "question_answer"),
             read=image_rows.zero_bench,
             uid=("question_id",),
+            split="subquestions",
         ),
         "wemath": Benchmark(
             title="WeMath",
@@ -109,25 +130,11 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             group="problem_version",
             media=("images",),
         ),
-        "aime_2025": Benchmark(
-            title="AIME 2025", domain="text", columns=_PROBLEM, read=_integer, uid=("id",), optional=_BY_ID
-        ),
-        "aime_2024": Benchmark(
-            title="AIME 2024", domain="text", columns=_PROBLEM, read=_integer, uid=("id",), optional=_BY_ID
-        ),
-        "hmmt_2025": Benchmark(
-            title="HMMT 2025", domain="text", columns=_PROBLEM, read=_mathematics, uid=("id",), optional=_BY_ID
-        ),
-        "math_500": Benchmark(
-            title="MATH-500",
-            domain="text",
-            columns=_PROBLEM,
-            read=_mathematics,
-            uid=("id",),
-            optional=_BY_ID,
-            group="subject",
-        ),
-        "minerva": Benchmark(title="Minerva", domain="text", columns=_PROBLEM, read=_mathematics),
+        "aime_2025": _text("AIME 2025", _integer),
+        "aime_2024": _text("AIME 2024", _integer),
+        "hmmt_2025": _text("HMMT 2025", _mathematics),
+        "math_500": _text("MATH-500", _mathematics, group="subject"),
+        "minerva": _text("Minerva", _mathematics, uid=()),
         "video_holmes": Benchmark(
             title="Video-Holmes",
             domain="video",
@@ -142,6 +149,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             domain="video",
             columns=_columns("video", "question", "candidates", "answer"),
             read=video_rows.mvbench,
+            several_files=True,
         ),
         "mmvu": Benchmark(
             title="MMVU(mc)",

@@ -81,7 +81,8 @@ def mvbench(row: Row, media: Media) -> Question:
     folders = [f"{top}{folder}" for folder in MVBENCH_FOLDERS[task] for top in ("video/", "")]
     path = media.find(*(f"{folder}/{row['video']}" for folder in folders), str(row["video"]))
     video: Any = path
-    if task in MVBENCH_BOUNDED and "_segment/" not in path.as_posix():
+    found_in = next((folder for folder in folders if path.as_posix().endswith(f"{folder}/{row['video']}")), "")
+    if task in MVBENCH_BOUNDED and "_segment/" not in f"{found_in}/{row['video']}":
         start, end = float(row["start"]), float(row["end"])
         video = _frames(path, start, end) if path.is_dir() else Clip(path, start, end)
     options = options_of(row["candidates"])
