@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,10 @@ def _distil(
                 prompts, seed = {pilot.teacher: held_out}, derive_seed(config.seed, "eval")
                 return evaluate(engine, model, prompts, runner.sampling, seed, num_tested)[0][pilot.teacher].mean
 
-            pairs = compare_branches(branches, engine, probes, runner.sampling, config.diagnostics.top_k)
-            start: Mapping[str, Any] = next(pair for pair in pairs if pair["student"] == STUDENT)
+            only_student = {STUDENT: branches[STUDENT]}
+            (start,) = compare_branches(
+                only_student, engine, probes, runner.sampling, config.diagnostics.top_k, teacher
+            )
             before = accuracy(STUDENT)
             assignment = Assignment(STUDENT, pilot.teacher, config.rollout.prompts_per_step, pilot.teacher)
             for step in range(1, pilot.opd_steps + 1):

@@ -49,7 +49,8 @@ def study_dir_of(study: StudyConfig) -> Path:
 
 
 def units_of(study: StudyConfig, fast: bool = False) -> list[Unit]:
-    """All units, seed by seed, in the config's order, the pilot last. UserError for a run config that is wrong, and
+    """All units, seed by seed, in the config's order, the pilot behind the experts that it takes: it is a long one, and
+    at the end it would leave the other processes idle. UserError for a run config that is wrong, and
     where a table, a figure or a claim names a model that no run will have."""
     root = study_dir_of(study)
     units = []
@@ -59,7 +60,9 @@ def units_of(study: StudyConfig, fast: bool = False) -> list[Unit]:
             config = run_config(study, name, seed, fast)
             units.append(Unit(name, seed, folder / name, config, variant.needs))
         if study.pilot is not None:
-            config = next(u.config for u in units if (u.seed, u.variant) == (seed, study.pilot.experts))
+            at, config = next(
+                (i, u.config) for i, u in enumerate(units) if u.name == f"seed-{seed}/{study.pilot.experts}"
+            )
             if config.model.lora is not None:
                 raise UserError(
                     "pilot: its students stand between whole models and all of their weights are trained, which is "
@@ -68,7 +71,7 @@ def units_of(study: StudyConfig, fast: bool = False) -> list[Unit]:
             for branch in (study.pilot.teacher, *study.pilot.students):
                 if branch not in config.branch_names:
                     raise UserError(f"pilot: no branch of variant {study.pilot.experts!r} is named {branch!r}")
-            units.append(Unit(PILOT, seed, folder / PILOT, config, (study.pilot.experts,)))
+            units.insert(at + 1, Unit(PILOT, seed, folder / PILOT, config, (study.pilot.experts,)))
     check_models(study, {unit.variant: unit.config for unit in units if unit.seed == study.seeds[0]})
     return units
 

@@ -73,6 +73,11 @@ def testbed_examples(
     """
     if domain not in DOMAINS:
         raise UserError(f"testbed domain {domain!r} is unknown (known: {', '.join(DOMAINS)})")
+    return list(_examples(domain, split, size, seed, conflict))
+
+
+@lru_cache(maxsize=8)  # the units of a study that one process trains have many of them in common
+def _examples(domain: str, split: Split, size: int, seed: int, conflict: float) -> tuple[Example, ...]:
     make = {"text": _text, "image": _image, "video": _video}[domain]
     rng = np.random.default_rng([DOMAINS.index(domain), split == "eval", seed])
     examples: list[Example] = []
@@ -86,7 +91,7 @@ def testbed_examples(
             continue
         seen.add(problem)
         examples.append(example)
-    return examples
+    return tuple(examples)
 
 
 def _belongs(problem: str, split: Split) -> bool:
