@@ -173,7 +173,7 @@ def plan_memory(
 @data_app.command("check")
 def check_data(
     file: Annotated[Path, typer.Argument(help="JSONL or Parquet file, or a folder of Parquet files.")],
-    model: Annotated[str | None, typer.Option(help="Count tokens as this model would (its weights are not fetched).")] = None,
+    model: Annotated[str | None, typer.Option(help="Count tokens as this model would (without its weights).")] = None,
     columns: Annotated[
         list[str] | None, typer.Option(help="ours=theirs, e.g. prompt=problem,answer=solution; may be repeated.")
     ] = None,
