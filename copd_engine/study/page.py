@@ -104,7 +104,7 @@ def _facts(
         ("Date", _distinct(sorted(result["date"] for result in found))),
         ("Versions", _distinct(versions)),
         ("CoPD's topology", _topologies(units)),
-        ("Wall time", f"{_duration(took.wall_s)}, started {took.num_sessions} times{killed}"),
+        ("Wall time", f"{_duration(took.wall_s)}, started {took.num_sessions} time{"s" * (took.num_sessions != 1)}{killed}"),
         ("CPU time", f"{_duration(took.cpu_s)}, {study.processes} processes side by side"),
     ]
     return [(label, value) for label, value in facts if value]
@@ -133,7 +133,8 @@ def _distinct(values: Any) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if seconds >= 5400 else f"{seconds / 60:.1f} min"
 
 
 def _write_markdown(page: Page, file: Path, figures: str) -> None:

@@ -100,7 +100,7 @@ class Results:
         """Whether all seeds are tested on the same rows of a file, or some are."""
         config = self._config(variant)
         data = config.branches[config.branch_names.index(domain)].data
-        sources = [source.source for source in data.sources] or [data.source]
+        sources: list[str] = [source.source for source in data.sources] or [data.source]
         return not set(sources) <= set(GENERATED)
 
     @functools.cache  # noqa: B019
