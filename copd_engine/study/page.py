@@ -93,6 +93,7 @@ def _facts(
 ) -> list[tuple[str, str]]:
     took = spent(results.root)
     killed = f", killed {took.num_killed} times (counted until the last unit before)" if took.num_killed else ""
+    started = "started once" if took.num_sessions == 1 else f"started {took.num_sessions} times"
     found = [results.result(variant, seed) for variant, seed in sorted(results.finished)]
     versions = [f"{name} {version}" for result in found for name, version in result.get("versions", {}).items()]
     facts = [
@@ -104,7 +105,7 @@ def _facts(
         ("Date", _distinct(sorted(result["date"] for result in found))),
         ("Versions", _distinct(versions)),
         ("CoPD's topology", _topologies(units)),
-        ("Wall time", f"{_duration(took.wall_s)}, started {took.num_sessions} time{"s" * (took.num_sessions != 1)}{killed}"),
+        ("Wall time", f"{_duration(took.wall_s)}, {started}{killed}"),
         ("CPU time", f"{_duration(took.cpu_s)}, {study.processes} processes side by side"),
     ]
     return [(label, value) for label, value in facts if value]
