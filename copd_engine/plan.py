@@ -14,24 +14,21 @@ from copd_engine.algorithms import Schedule
 from copd_engine.algorithms.shares import opd_assignments
 from copd_engine.config import LoraConfig, ModelConfig, RunConfig
 from copd_engine.models.cache import pages_of
-from copd_engine.models.decode_layout import GPU_CALL_BYTES, PAGE
+from copd_engine.models.decode_layout import PAGE
 from copd_engine.models.meta import ModelSizes, model_sizes
-from copd_engine.plan_estimates import CONTEXT_BYTES, activation_bytes, lm_head_bytes, reserve_bytes
+from copd_engine.plan_estimates import CONTEXT_BYTES, activation_bytes, reserve_bytes
+from copd_engine.plan_items import (
+    UPDATED,
+    Item,
+    base_bytes_on_host,
+    engine_copies,
+    resident_items,
+    teacher_heads,
+    total,
+    training_items,
+)
 from copd_engine.plan_moves import Moves, state_bytes, step_moves
 from copd_engine.types import UserError
-
-#: The item of ``training`` that ``optim.offload`` brings.
-UPDATED = "masters and moments of one expert"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One line of the plan; ``exact`` or an estimate."""
-
-    name: str
-    num_bytes: int
-    exact: bool
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,10 +93,6 @@ class ModePlan:
         return sum(parts)
 
 
-def total(items: tuple[Item, ...]) -> int:
-    return sum(item.num_bytes for item in items)
-
-
 def plan_run(config: RunConfig, gpu_bytes: int, num_gpus: int = 1) -> dict[str, ModePlan]:
     """Plans by mode, ``full`` and ``lora``; LoRA with the config's adapters, or the default ones where it has none.
 
@@ -147,13 +140,13 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
         name: activation_bytes(sizes, itemsize, num_tokens, rollout.max_prompt_tokens, recompute)
         for name, recompute in (("kept", False), ("checkpointed", True))
     }
-    base_on_host = _base_bytes_on_host(config, sizes)
-    resident = _resident(config, sizes, num_experts, base_on_host)
+    base_on_host = base_bytes_on_host(config, sizes)
+    resident = resident_items(config, sizes, num_experts, base_on_host)
     processes = 2 if engine == "sglang" else 1
     reserve = Item("CUDA, fragmentation", reserve_bytes(gpu_bytes, processes), False)
     training = (
-        *_training(sizes, itemsize, num_tokens, activations, config.model.gradient_checkpointing),
-        *_teacher_heads(config, sizes, itemsize),
+        *training_items(sizes, itemsize, num_tokens, activations, config.model.gradient_checkpointing),
+        *teacher_heads(config, sizes, itemsize),
         reserve,
     )
     if config.optim.offload:
@@ -165,7 +158,7 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
         if engine == "sglang"
         else PAGE * (pages_of(rollout.max_prompt_tokens) + pages_of(sample - rollout.max_prompt_tokens - 1))
     )
-    copies = _engine_copies(config, sizes, itemsize, num_experts, engine)
+    copies = engine_copies(config, sizes, itemsize, num_experts, engine)
     if base_on_host:
         copies = (*copies, Item("base model, for diagnostics", base_on_host, True, "from host memory"))
     free = gpu_bytes - total(resident) - reserve.num_bytes - total(copies)
@@ -206,55 +199,6 @@ def plan_mode(config: RunConfig, gpu_bytes: int) -> ModePlan:
     )
 
 
-def _base_bytes_on_host(config: RunConfig, sizes: ModelSizes) -> int:
-    """Of the base model: what is trained of it waits with the masters, if there are any (``trainer.py``)."""
-    waits = config.optim.offload and sizes.master_bytes and not config.objective.kl.weight
-    return sizes.trained_bytes if waits else 0
-
-
-def _resident(config: RunConfig, sizes: ModelSizes, num_experts: int, base_on_host: int) -> tuple[Item, ...]:
-    base = sizes.weight_bytes + 4 * sizes.adapter_parameters - base_on_host
-    held = 0 if config.optim.offload else num_experts
-    moments = state_bytes(sizes) - sizes.master_bytes
-    shared = "; shared by the experts" if sizes.num_adapters else ""
-    own = "" if sizes.master_bytes else "what is trained is fp32 already"
-    return (
-        Item("base model", base, True, "theta_0, for the merge" + shared),
-        Item(
-            "experts' weights",
-            num_experts * sizes.trained_bytes,
-            True,
-            f"{num_experts} x what is trained; teachers too",
-        ),
-        Item("fp32 masters", held * sizes.master_bytes, True, own),
-        Item("AdamW moments", held * moments, True, "fp32, from the first update on"),
-    )
-
-
-def _training(
-    sizes: ModelSizes, itemsize: int, num_tokens: int, activations: dict[str, int], recompute: bool
-) -> tuple[Item, ...]:
-    kept = activations["checkpointed" if recompute else "kept"]
-    how = "gradient checkpointing" if recompute else "all kept"
-    head = "a chunk of logits" + (", fp32 gradient of the head" if sizes.trains_lm_head else "")
-    moving = sizes.largest_trained_bytes if sizes.master_bytes else 0
-    return (
-        Item("gradient sums", 4 * sizes.trained_parameters, True, "fp32, of one expert at a time"),
-        Item("a gradient on its way", moving, False, "of the largest tensor, in the model's dtype"),
-        Item("activations", kept, False, f"{num_tokens:,} tokens, {how}"),
-        Item("lm_head kernels", lm_head_bytes(sizes, itemsize), False, head),
-    )
-
-
-def _teacher_heads(config: RunConfig, sizes: ModelSizes, itemsize: int) -> tuple[Item, ...]:
-    """Copies for a distillation signal over the vocabulary; heads that are not trained need none."""
-    teachers = {teacher for of_student in Schedule(config).teachers.values() for teacher in of_student}
-    if config.distillation.signal == "sampled" or not sizes.trains_lm_head or not teachers:
-        return ()
-    num_bytes = len(teachers) * sizes.lm_head_parameters * itemsize
-    return (Item("teachers' heads", num_bytes, True, f"{len(teachers)} x as of a step's start, in phase II"),)
-
-
 def _teacher_state_bytes(config: RunConfig, sizes: ModelSizes, itemsize: int) -> int:
     """Of all students' cross batches: a signal over the vocabulary holds their states until the updates."""
     if config.distillation.signal == "sampled":
@@ -265,25 +209,6 @@ def _teacher_state_bytes(config: RunConfig, sizes: ModelSizes, itemsize: int) ->
     num_prompts = sum(assignment.num_prompts for assignment in in_opd if assignment.teacher)
     num_tokens = num_prompts * config.rollout.group_size * config.rollout.max_new_tokens
     return num_tokens * sizes.hidden_size * itemsize
-
-
-def _engine_copies(
-    config: RunConfig, sizes: ModelSizes, itemsize: int, num_experts: int, engine: str
-) -> tuple[Item, ...]:
-    """What the rollout engine holds besides keys and values; its weights first."""
-    if engine == "embedded":
-        return (
-            Item("engine's weights", 0, True, "the trainer's own"),
-            Item("gathers of decoding", GPU_CALL_BYTES, False),
-        )
-    weights = Item(
-        "engine's weights", sizes.weight_bytes // config.rollout.tensor_parallel, True, "one copy for all experts"
-    )
-    if config.model.lora is not None:
-        return weights, Item("engine's adapters", num_experts * sizes.adapter_parameters * itemsize, False)
-    return weights, Item(
-        "weights on their way", min(config.rollout.bucket_mb << 20, sizes.trained_bytes), False, "a bucket"
-    )
 
 
 def _cache_limit(

@@ -9,7 +9,8 @@ from typing import Any
 
 from copd_engine.config import LoraConfig, RunConfig
 from copd_engine.models.decode_layout import PAGE
-from copd_engine.plan import ModePlan, engine_of, free_at_start, plan_mode, sizes_of, total
+from copd_engine.plan import ModePlan, engine_of, free_at_start, plan_mode, sizes_of
+from copd_engine.plan_items import total
 
 #: Halvings of tokens and lengths that are tried.
 HALVINGS = 4

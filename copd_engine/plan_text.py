@@ -10,8 +10,9 @@ from typing import Any
 
 from copd_engine.config import RunConfig
 from copd_engine.metrics import system_stats
-from copd_engine.plan import Item, ModePlan, in_mode, plan_run
+from copd_engine.plan import ModePlan, in_mode, plan_run
 from copd_engine.plan_changes import Change, cheapest_that_fits, single_changes
+from copd_engine.plan_items import Item
 from copd_engine.types import UserError
 
 PHASES = {

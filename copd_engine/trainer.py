@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,20 @@ from copd_engine import checkpoint, run_folder
 from copd_engine.algorithms import EQUAL_FLOPS, EQUAL_STEPS, Schedule, StepPlan, betas_of
 from copd_engine.branch import Branch
 from copd_engine.config import RunConfig
-from copd_engine.diagnostics import BASE, UpdateAngles, change_cosines, compare_branches
 from copd_engine.experts import experts_of
 from copd_engine.flops import Work
 from copd_engine.flops_goal import flops_goal
 from copd_engine.gpu_meter import GpuMeter
 from copd_engine.held_out import HeldOut
 from copd_engine.inputs import load_train_examples, prompt_sources
+from copd_engine.measurements import Measurements
 from copd_engine.metrics import METRICS_FILE, MetricsLog, peak_rss_bytes, step_tokens, system_stats
 from copd_engine.model_rows import ModelRows
+from copd_engine.models.base import Policy
 from copd_engine.models.loading import load_model
+from copd_engine.progress import accuracy_line, progress
 from copd_engine.resolve import resolve
-from copd_engine.result import accuracy_row, sorted_rows, work_of
+from copd_engine.result import sorted_rows, work_of
 from copd_engine.rollout.select import create_engine
 from copd_engine.step import StepRunner, Timer
 from copd_engine.types import UserError
@@ -90,10 +92,9 @@ class Trainer:
             parameter.data = parameter.data.cpu()
         streams = prompt_sources(config, self.schedule.students, examples, self.encoder)
         self.steps = StepRunner(config, self.branches, self.engine, streams)
-        self._held_out = HeldOut(config, self.encoder, run_dir)
-        self._probes = self._held_out.probes()
-        self.rows = ModelRows(config, run_dir, self.base, self.encoder, self.branches, self.steps, self._held_out)
-        self._angles = UpdateAngles(self.branches) if config.diagnostics.update_angle else None
+        held_out = HeldOut(config, self.encoder, run_dir)
+        self.rows = ModelRows(config, run_dir, self.base, self.encoder, self.branches, self.steps, held_out)
+        self.measured = Measurements(config, self.base, self._usable_base, self.branches, self.steps, held_out)
         self._kept_rows: list[dict[str, Any]] = []
         self._last_checkpoint: Path | None = None
         self._meter = GpuMeter()
@@ -151,10 +152,10 @@ class Trainer:
             record["time_s"]["checkpoint"] = checkpoint_s
             record["step_s"] += checkpoint_s
             log.write(record)
-            bar.set_postfix_str(_progress(record), refresh=False)
+            bar.set_postfix_str(progress(record), refresh=False)
             bar.update()
             if record["evaluate"]:
-                tqdm.write(_accuracy_line(self.config.method, record))
+                tqdm.write(accuracy_line(self.config.method, record))
             self._stop_if_diverged()
             if step < self.schedule.num_steps:
                 self._kept_rows += self.rows.after(step, self.schedule)
@@ -179,10 +180,10 @@ class Trainer:
         }
         if _due(plan.step, self.config.diagnostics.every) or self.schedule.is_measured(plan.step):
             with timer("diagnostics"):
-                record["diagnostics"] = self._diagnose(plan.models)
+                record["diagnostics"] = self.measured.distances(plan.models)
         if _due(plan.step, self.config.eval.every):
             with timer("evaluate"):
-                record["evaluate"] = self._evaluate_branches(plan)
+                record["evaluate"] = self.measured.accuracies(plan.step, plan.students)
         self.engine.sleep()  # what follows, a merge say, may want its memory
         record["time_s"] = timer.seconds
         record["step_s"] = time.perf_counter() - begin
@@ -193,32 +194,10 @@ class Trainer:
         record["verifier_failures"] = {kind: count - failures[kind] for kind, count in now.items()}
         return record
 
-    # Measuring
-
-    def _diagnose(self, models: Sequence[str]) -> dict[str, Any]:
-        """Distances and angles between these models; ``base``: of each from the base."""
-        branches = {name: self.branches[name] for name in models}
-        base = self.rows.model_of(self.base.full_parameters()) if self._base_on_host else self.base
-        settings = self.config.diagnostics
-        rows = compare_branches(branches, self.engine, self._probes, self.steps.sampling, settings.top_k, base)
-        start = self.base.full_parameters()
-        tasks = change_cosines(
-            {name: branch.full_parameters() for name, branch in branches.items()}, dict.fromkeys(branches, start)
-        )
-        updates = self._angles.cosines(branches) if self._angles else {}
-        pairs = [row for row in rows if row["teacher"] != BASE]
-        for row in pairs:
-            edge = str(row["student"]), str(row["teacher"])
-            row["task_cosine"] = tasks[edge]
-            if updates:
-                row["update_cosine"] = updates[edge]
-        return {"pairs": pairs, "base": [row for row in rows if row["teacher"] == BASE]}
-
     def _base_record(self) -> dict[str, Any]:
         """Step 0: all branches still equal the base."""
-        first = next(iter(self.branches))
-        accuracy = self._held_out.evaluate(self.engine, first, self.config.eval.num_prompts)[0]
-        diagnostics = self._diagnose(self.schedule.plan(self.schedule.first_step).models)
+        accuracies = self.measured.base_accuracies()
+        diagnostics = self.measured.distances(self.schedule.plan(self.schedule.first_step).models)
         self.engine.sleep()
         return {
             "step": 0,
@@ -227,18 +206,14 @@ class Trainer:
             "elapsed_s": 0.0,
             "branches": {},
             "diagnostics": diagnostics,
-            "evaluate": {name: accuracy_row(accuracy) for name in self.branches},
+            "evaluate": accuracies,
             "system": system_stats(),
             "rollout_engine": self.engine.stats(),  # its start and what was measured here, which are no part of step 1
         }
 
-    def _evaluate_branches(self, plan: StepPlan) -> dict[str, dict[str, float]]:
-        rows = {}
-        for name in plan.students:
-            accuracies, samples = self._held_out.evaluate(self.engine, name, self.config.eval.num_prompts)
-            rows[name] = accuracy_row(accuracies)
-            self._held_out.keep_samples(plan.step, name, samples)
-        return rows
+    def _usable_base(self) -> Policy:
+        """The base on the run's device, a copy where it waits in host memory."""
+        return self.rows.model_of(self.base.full_parameters()) if self._base_on_host else self.base
 
     # Checkpoint, resume, end
 
@@ -254,7 +229,7 @@ class Trainer:
         }
         folder = self.run_dir / run_folder.CHECKPOINTS
         keep = self.config.checkpoint.keep
-        remembered = {"diagnosed": self._angles.tensors()} if self._angles else {}
+        remembered = {"diagnosed": self.measured.angles.tensors()} if self.measured.angles else {}
         self._last_checkpoint = checkpoint.save_checkpoint(folder, step, self.branches, state, keep, remembered)
 
     def _resume(self) -> int | None:
@@ -282,8 +257,8 @@ class Trainer:
         self.steps.steps_taken.update(state["steps_taken"])
         self.steps.work.update({name: Work(**work) for name, work in state["work"].items()})
         self.schedule.load_state_dict(state["schedule"])
-        if self._angles:
-            self._angles.load_tensors(checkpoint.load_tensors(newest, "diagnosed"))
+        if self.measured.angles:
+            self.measured.angles.load_tensors(checkpoint.load_tensors(newest, "diagnosed"))
         self._kept_rows = state["kept_rows"]
         self._elapsed_before = state["elapsed_s"]
         self.steps.sync()
@@ -301,8 +276,7 @@ class Trainer:
             label = f"expert:{name}{EQUAL_STEPS}"
             self._kept_rows.append({**row, "model": label})
             run_folder.copy_scores(self.run_dir, label, self._experts.scores[name])
-        if self._angles:
-            self._angles = UpdateAngles(self.branches)
+        self.measured.begin_angles()
         self.steps.sync()
 
     def _stop_if_diverged(self) -> None:
@@ -350,27 +324,3 @@ def check_top_k(top_k: int, vocab_size: int, device: str) -> None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _progress(record: dict[str, Any]) -> str:
-    rewards = (
-        f"{name} {row['rollout'].get(name, _pooled(row))['reward_mean']:.2f}"
-        for name, row in record["branches"].items()
-    )
-    return f"cycle {record['cycle']} {record['phase']}  reward: " + " ".join(rewards)
-
-
-def _pooled(row: dict[str, Any]) -> dict[str, float]:
-    parts = row["rollout"].values()
-    kept = [part for part in parts if part["num_rollouts"]]
-    total = sum(part["num_rollouts"] for part in kept)
-    rewards = sum(part["reward_mean"] * part["num_rollouts"] for part in kept)
-    return {"reward_mean": rewards / total if total else float("nan")}
-
-
-def _accuracy_line(method: str, record: dict[str, Any]) -> str:
-    rows = [
-        f"{branch}: " + " ".join(f"{domain} {value:.2f}" for domain, value in row.items())
-        for branch, row in record["evaluate"].items()
-    ]
-    return f"{method} step {record['step']} held-out accuracy  " + "  |  ".join(rows)

@@ -519,5 +519,5 @@ def test_the_order_of_branches_in_the_config_changes_nothing(base_folder, tmp_pa
     after = weights_after_one_step(backward)
     for name, expected in weights_after_one_step(forward).items():
         torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-6)
-    drawn = [{r.prompt.example.uid: r.seed for r in built._probes} for built in (forward, backward)]
+    drawn = [{r.prompt.example.uid: r.seed for r in built.measured.probes} for built in (forward, backward)]
     assert drawn[0] == drawn[1]

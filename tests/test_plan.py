@@ -28,9 +28,10 @@ from copd_engine.models.loading import load_model
 from copd_engine.models.meta import model_sizes
 from copd_engine.models.qwen3_vl import Qwen3VLPromptEncoder
 from copd_engine.packing import pack
-from copd_engine.plan import UPDATED, Item, ModePlan, engine_of, plan_mode, plan_run
+from copd_engine.plan import ModePlan, engine_of, plan_mode, plan_run
 from copd_engine.plan_changes import cheapest_that_fits, single_changes
 from copd_engine.plan_estimates import CONTEXT_BYTES, FRAGMENTATION, activation_bytes
+from copd_engine.plan_items import UPDATED, Item
 from copd_engine.plan_text import plan_text
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
