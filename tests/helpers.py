@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from copd_engine.models.base import Policy
 from copd_engine.models.qwen3_vl import Qwen3VLPolicy, Qwen3VLPromptEncoder
 from copd_engine.testbed.model import untrained
 from copd_engine.testbed.tasks import DOMAINS, testbed_examples
@@ -25,3 +26,13 @@ def response_of(encoder: Qwen3VLPromptEncoder, prompt: EncodedPrompt) -> torch.T
     """The correct response's token ids with the end token."""
     chain = prompt.example.metadata["chain"]
     return torch.tensor([*encoder.tokenizer(chain)["input_ids"], encoder.end_token_id])
+
+
+def perturbed(policy: Policy, seed: int, size: float = 0.05) -> Policy:
+    """A copy with noise in every parameter: a branch that has moved."""
+    copy = policy.clone()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in copy.named_parameters().values():
+            parameter += size * torch.randn(parameter.shape, generator=generator) * (parameter.std(correction=0) + 1e-3)
+    return copy

@@ -3,83 +3,33 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-import copd_engine.plan_text as plan_text_module
 from copd_engine.branch import Branch
-from copd_engine.cli import app
 from copd_engine.config import (
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
-    RunConfig,
-    build_config,
-    load_config,
 )
 from copd_engine.models.decode_layout import PAGE
 from copd_engine.models.loading import load_model
 from copd_engine.models.meta import model_sizes
 from copd_engine.models.qwen3_vl import Qwen3VLPromptEncoder
 from copd_engine.packing import pack
-from copd_engine.plan import ModePlan, engine_of, plan_mode, plan_run
-from copd_engine.plan_changes import cheapest_that_fits, single_changes
+from copd_engine.plan import plan_mode, plan_run
 from copd_engine.plan_estimates import CONTEXT_BYTES, FRAGMENTATION, activation_bytes
-from copd_engine.plan_items import UPDATED, Item
+from copd_engine.plan_items import UPDATED
 from copd_engine.plan_text import plan_text
 from copd_engine.rollout.base import Sampling
 from copd_engine.rollout.embedded import EmbeddedEngine
 from copd_engine.types import RolloutRequest, UserError
 from tests.helpers import prompts_of_all_domains
-
-GPU = 80 * 10**9
-VISION = 242_368  # of the testbed model; by hand below
-TEXT = 221_888
-#: Qwen3-VL-4B by the widths of its config.
-QWEN_TEXT = {
-    "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "intermediate_size": 9728, "vocab_size": 151_936,
-}  # fmt: skip
-QWEN_VISION = {
-    "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16,
-    "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 2560, "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": [5, 11, 17],
-}  # fmt: skip
-
-
-def qwen_folder(folder: Path) -> Path:
-    folder.mkdir()
-    config = {
-        "model_type": "qwen3_vl",
-        "tie_word_embeddings": True,
-        "text_config": {"model_type": "qwen3_vl_text", "tie_word_embeddings": True, **QWEN_TEXT},
-        "vision_config": {"model_type": "qwen3_vl_vision", **QWEN_VISION},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def run_config(num_branches: int = 2, **sections: Any) -> RunConfig:
-    domains = ("text", "image", "video")[:num_branches]
-    branches = [{"name": domain, "data": {"domain": domain}} for domain in domains]
-    lengths = {"max_prompt_tokens": 100, "max_new_tokens": 60}
-    rollout = {"engine": "sglang", **lengths} | sections.pop("rollout", {})
-    optim = {"max_tokens_per_micro_batch": 512} | sections.pop("optim", {})
-    return build_config({"branches": branches, "rollout": rollout, "optim": optim, **sections})
-
-
-def item(plan: ModePlan, phase: str, name: str) -> Item:
-    return next(found for found in getattr(plan, phase) if found.name == name)
-
-
-def sizes(plan: ModePlan, phase: str) -> dict[str, int]:
-    return {found.name: found.num_bytes for found in getattr(plan, phase)}
+from tests.plan_setup import GPU, TEXT, VISION, item, qwen_folder, run_config, sizes
 
 
 def test_parameters_of_the_testbed_by_hand() -> None:
@@ -365,61 +315,6 @@ def test_a_row_holds_the_longest_sample() -> None:
     assert plan_mode(run_config(optim=limited), GPU).num_tokens == 192
 
 
-def fitting_config(tmp_path: Path, num_branches: int = 1) -> RunConfig:
-    return run_config(
-        num_branches,
-        model={"path": str(qwen_folder(tmp_path / "qwen")), "dtype": "bfloat16"},
-        rollout={"max_prompt_tokens": 2048, "max_new_tokens": 2048},
-        optim={"max_tokens_per_micro_batch": 16_384},
-    )
-
-
-def test_changes_that_make_it_fit(tmp_path: Path) -> None:
-    """One expert of 4.4 billion parameters on 141 GB: not with all activations of 16,384 tokens, but with less."""
-    config, gpu = fitting_config(tmp_path), 141 * 10**9
-    plan = plan_mode(config, gpu)
-    assert not plan.fits
-    assert plan.missing_bytes == max(plan.peaks.values()) - gpu > 0
-    best, least = cheapest_that_fits(config, gpu)
-    assert best is not None
-    assert best.plan.fits
-    assert least.plan.missing_bytes <= best.plan.missing_bytes <= 0
-    assert best.cost < 3  # time alone: neither LoRA nor shorter responses
-    (tmp_path / "run.yaml").write_text(json.dumps(json.loads(config.model_dump_json())))
-    again = plan_mode(load_config(tmp_path / "run.yaml", list(best.overrides)), gpu)
-    assert again == best.plan
-    cheaper = [change for change in single_changes(config, gpu) if change.cost < best.cost]
-    assert cheaper
-    assert not any(change.plan.fits for change in cheaper)
-    text = plan_text(config, 1, 141)
-    assert f"full parameters: does not fit, ~{plan.missing_bytes / 1e9:.2f} GB are missing" in text
-    assert f"cheapest that fits: {' '.join(best.overrides)}" in text
-
-
-def test_more_experts_than_fit_leave_lora_or_nothing(tmp_path: Path) -> None:
-    config = fitting_config(tmp_path, 3)
-    best, _ = cheapest_that_fits(config, GPU)
-    assert best is not None
-    assert "model.lora={}" in best.overrides
-    assert best.plan.mode == "lora"
-    none, least = cheapest_that_fits(config, 10 * 10**9)
-    assert none is None
-    assert least.plan.missing_bytes > 0
-    assert "no change that was tried fits" in plan_text(config, 1, 10)
-
-
-def test_an_engine_that_takes_too_much_or_too_little_gets_its_share(tmp_path: Path) -> None:
-    config = fitting_config(tmp_path).model_copy(update={"optim": OptimConfig(max_tokens_per_micro_batch=4096)})
-    for fraction in (0.05, 0.98):
-        rollout = config.rollout.model_copy(update={"memory_fraction": fraction})
-        changed = config.model_copy(update={"rollout": rollout})
-        assert not plan_mode(changed, 141 * 10**9).fits
-        best, _ = cheapest_that_fits(changed, 141 * 10**9)
-        assert best is not None
-        assert any(override.startswith("rollout.memory_fraction=") for override in best.overrides)
-        assert best.plan.room.num_sequences >= 1
-
-
 def test_several_gpus() -> None:
     config = run_config()
     plan = plan_mode(config, GPU)
@@ -444,46 +339,6 @@ def test_logits_are_those_of_the_gpu_driver() -> None:
     assert LOGIT_BYTES_PER_ENTRY == 2 * driver.CHUNK_TOKENS
 
 
-def copd(*words: str) -> Any:
-    return CliRunner().invoke(app, ["plan", *words])
-
-
-def test_command(tmp_path: Path) -> None:
-    demo = "configs/demo.yaml"
-    shown = copd(demo, "--gpu-memory", "24", "rollout.engine=auto")
-    assert shown.exit_code == 0, shown
-    assert "nothing was measured on a GPU" in shown.stdout
-    assert f"testbed: {TEXT + VISION:,} parameters" in shown.stdout
-    assert "full parameters: fits" in shown.stdout
-    assert "LoRA: fits" in shown.stdout
-    numbers = json.loads(copd(demo, "--gpu-memory", "24", "--gpus", "2", "--json").stdout)
-    assert (numbers["measured"], numbers["num_gpus"], numbers["num_gpus_used"]) == (False, 2, 1)
-    full = numbers["modes"]["full"]
-    assert full["gpu_bytes"] == 24 * 10**9
-    assert full["sizes"]["num_parameters"] == TEXT + VISION
-    assert full["missing_bytes"] == max(full["peaks"].values()) - full["gpu_bytes"]
-    assert engine_of(load_config(demo, ["rollout.engine=auto"])) == "sglang"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("", "no GPU is seen here (NVML); say which are meant, e.g. --gpus 1 --gpu-memory 80"),
-        ("--gpus 2", "no GPU is seen here"),
-        ("--gpus 0 --gpu-memory 80", "--gpus 0: must be at least 1"),
-        ("--gpu-memory 0", "--gpu-memory 0.0: must be GB above 0"),
-        ("--gpu-memory nan", "--gpu-memory nan: must be GB above 0"),
-        ("--gpu-memory 80 model.path=/nowhere", "no such folder"),
-        ("--gpu-memory 80 model.lora.target_modules=[q_prj]", "no linear layer of the language model is called"),
-    ],
-)
-def test_bad_input(words: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_text_module, "system_stats", lambda: {"gpu": None})
-    ended = copd("configs/demo.yaml", *shlex.split(words))
-    assert isinstance(ended.exception, UserError)
-    assert message in str(ended.exception)
-
-
 def test_a_config_json_that_is_no_model(tmp_path: Path) -> None:
     folder = qwen_folder(tmp_path / "qwen")
     text = json.loads((folder / "config.json").read_text())
@@ -494,15 +349,3 @@ def test_a_config_json_that_is_no_model(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**text, "text_config": wrong}))
     with pytest.raises(UserError, match=r"config\.json does not describe a model"):
         model_sizes(ModelConfig(path=str(folder)))
-
-
-def test_gpus_that_nvml_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = [{"memory_total_bytes": 24 * 10**9}, {"memory_total_bytes": 48 * 10**9}]
-    monkeypatch.setattr(plan_text_module, "system_stats", lambda: {"gpu": seen})
-    assert plan_text_module.find_gpus("auto", None, None) == (2, 24 * 10**9)
-    assert plan_text_module.find_gpus("cuda:1", None, None) == (2, 48 * 10**9)
-    assert plan_text_module.find_gpus("cuda:first", None, None) == (2, 24 * 10**9)
-    assert plan_text_module.find_gpus("cuda", 1, None) == (1, 24 * 10**9)
-    assert plan_text_module.find_gpus("cuda", None, 80) == (1, 80 * 10**9)
-    with pytest.raises(UserError, match="NVML sees 2 GPUs"):
-        plan_text_module.find_gpus("cuda:2", None, None)
