@@ -18,7 +18,7 @@ from PIL import Image
 
 from copd_engine.study import figures
 from copd_engine.study.config import StudyConfig, TableConfig
-from copd_engine.study.page import write_page
+from copd_engine.study.page import duration, write_page
 from copd_engine.study.plan import fingerprint
 from copd_engine.study.results import Results
 from copd_engine.study.run import SESSIONS, TIMES
@@ -108,6 +108,14 @@ def test_numbers_are_those_of_the_run_folders(page: tuple[StudyConfig, Path]) ->
     assert "overlap, k = 10 |" in text
     assert "Top-k overlap, k = 10: mean over pairs" in text
     assert "t test of Fisher's z: p = " in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(90, "1.5 min"), (5399, "90.0 min"), (5400, "1 h 30 min"), (7077, "1 h 58 min"), (7199, "2 h 0 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_where_it_comes_from(page: tuple[StudyConfig, Path]) -> None:

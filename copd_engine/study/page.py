@@ -105,8 +105,8 @@ def _facts(
         ("Date", _distinct(sorted(result["date"] for result in found))),
         ("Versions", _distinct(versions)),
         ("CoPD's topology", _topologies(units)),
-        ("Wall time", f"{_duration(took.wall_s)}, {started}{killed}"),
-        ("CPU time", f"{_duration(took.cpu_s)}, {study.processes} processes side by side"),
+        ("Wall time", f"{duration(took.wall_s)}, {started}{killed}"),
+        ("CPU time", f"{duration(took.cpu_s)}, {study.processes} processes side by side"),
     ]
     return [(label, value) for label, value in facts if value]
 
@@ -133,7 +133,8 @@ def _distinct(values: Any) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """From an hour and a half on in hours and minutes."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if seconds >= 5400 else f"{seconds / 60:.1f} min"
 
